@@ -1,0 +1,1 @@
+//! The block backend and frontend of the Xen split-driver model.

@@ -1,0 +1,134 @@
+//! The contract between a disk and whoever uses it.
+// Memory that crosses the seam is named by address; the promises are in the constructors.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+/// One piece of memory of a request.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct IoBuf {
+    addr: *mut u8,
+    len: usize,
+}
+
+// SAFETY: an address and a length; whoever made it promised that the memory outlives the request.
+unsafe impl Send for IoBuf {}
+
+impl IoBuf {
+    /// Names memory for the kernel to read or write by address.
+    ///
+    /// # Safety
+    /// The memory stays mapped (readable, and writable for a read request) until the request's
+    /// [`Done`] has been polled or its queue has been dropped. Its bytes may change meanwhile.
+    pub unsafe fn new(addr: *mut u8, len: usize) -> Self {
+        IoBuf { addr, len }
+    }
+    /// First byte.
+    pub fn addr(&self) -> *mut u8 {
+        self.addr
+    }
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// Whether it names no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// What to do. Offsets and lengths are bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Fill the buffers from the disk.
+    Read,
+    /// Write the buffers to the disk.
+    Write,
+    /// Write, and be on stable storage when done.
+    WriteFua,
+    /// All writes that were done before this was submitted are on stable storage when it is done.
+    Flush,
+    /// The range's content is no longer needed (it reads as old data or as zeroes).
+    Discard,
+    /// As discard, and no copy of the data survives anywhere on the device.
+    SecureDiscard,
+    /// The range reads as zeroes afterwards.
+    WriteZeroes,
+}
+
+/// One request. Its token comes back in its [`Done`].
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// What to do.
+    pub op: Op,
+    /// First byte on the disk, a multiple of the logical block size.
+    pub offset: u64,
+    /// Bytes, a multiple of the logical block size; for reads and writes the sum of `bufs`.
+    pub len: u64,
+    /// Memory for reads and writes, copied by `submit` (the memory it names is not).
+    pub bufs: &'a [IoBuf],
+    /// The caller's own mark.
+    pub token: u64,
+}
+
+/// An answered request: `result` is 0 or a positive errno.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Done {
+    /// As given in the request.
+    pub token: u64,
+    /// 0, or the errno.
+    pub errno: i32,
+}
+
+/// The queue has no room: poll first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// What a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes, a multiple of `logical_block`.
+    pub size: u64,
+    /// Smallest unit of a request, 512 to 4096.
+    pub logical_block: u32,
+    /// Unit that the device writes without read-modify-write.
+    pub physical_block: u32,
+    /// Required alignment of each buffer's address and length.
+    pub memory_align: u32,
+    /// Granularity and alignment of discard in bytes; `None` where discard does nothing.
+    pub discard: Option<u32>,
+    /// Whether [`Op::SecureDiscard`] works.
+    pub secure_discard: bool,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// A disk. Opened once, shared by all queues.
+pub trait Disk: Send + Sync {
+    /// Present geometry; `size` may grow while the disk is open.
+    fn geometry(&self) -> Geometry;
+    /// Looks again how large the disk is (a file may have grown).
+    fn refresh(&self) -> io::Result<Geometry>;
+    /// A queue for one thread. `depth` is how many requests it must hold at once.
+    fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
+}
+
+/// One thread's way to a disk. Requests may complete in any order; two requests that overlap and
+/// are in flight together have no defined order. Dropping a queue waits for what is in flight.
+pub trait DiskQueue: Send {
+    /// Takes a request; it is sent to the kernel by the next `submit_all`, `poll` or `wait`.
+    /// An invalid range or buffer completes with EINVAL.
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full>;
+    /// Sends what was taken, in one system call.
+    fn submit_all(&mut self) -> io::Result<()>;
+    /// Appends what is done. Makes no system call when nothing was taken since the last one.
+    fn poll(&mut self, done: &mut Vec<Done>) -> io::Result<()>;
+    /// Sends what was taken and sleeps until a request is done, one of `fds` is readable, or
+    /// `timeout` is over (`None`: no limit). Returns a bit for each readable fd.
+    fn wait(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64>;
+    /// Requests taken and not yet polled as done.
+    fn in_flight(&self) -> u32;
+}

@@ -1,0 +1,3 @@
+//! xenstore.
+/// A connection to xenstore.
+pub struct Client {}

@@ -1,0 +1,1 @@
+//! Ringback: a user-space Xen split-driver I/O stack.
