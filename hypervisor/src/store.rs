@@ -1,3 +1,0 @@
-//! xenstore.
-/// A connection to xenstore.
-pub struct Client {}
