@@ -1,1 +1,15 @@
-//! The handshake.
+//! The handshake of a device's two ends through xenstore (Xen's `io/xenbus.h`).
+//!
+//! [`machine`] decides, as a pure function of what is seen; [`server`] looks, calls the device and
+//! writes. Backends implement [`Backend`] and [`Device`] and are run by [`serve`].
+
+mod control;
+mod device;
+pub mod machine;
+mod nodes;
+mod server;
+
+pub use device::{Device, Fault, Faults, Meeting};
+pub use machine::State;
+pub use nodes::{DeviceId, Key, Nodes};
+pub use server::{Backend, Nodesets, Options, Scope, serve};

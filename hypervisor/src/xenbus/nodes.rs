@@ -1,0 +1,117 @@
+//! The two xenstore directories of one device.
+
+use std::sync::Arc;
+
+use super::machine::{Hotplug, Seen, State};
+use crate::DomId;
+use crate::store::{Client, Error, Tx};
+
+/// A key and its value, to be written into the backend's directory.
+pub type Key = (String, String);
+
+/// Which device: its kind's directory, the frontend's domain, and its number there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceId {
+    /// `vbd`, `vif`, ...
+    pub kind: &'static str,
+    /// The frontend's domain.
+    pub domid: DomId,
+    /// The device's number within its domain.
+    pub devid: u32,
+}
+
+impl std::fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.kind, self.domid, self.devid)
+    }
+}
+
+/// The two xenstore directories of one device.
+pub struct Nodes {
+    store: Arc<Client>,
+    id: DeviceId,
+    backend: String,
+    frontend: String,
+    home: String,
+}
+
+impl Nodes {
+    /// Finds the frontend's directory by the backend's `frontend` key. `home` is this domain's
+    /// own path (`/local/domain/0`).
+    pub fn open(store: Arc<Client>, home: &str, id: DeviceId) -> Result<Nodes, Error> {
+        let backend = format!("{home}/backend/{id}");
+        let frontend = store.get(&format!("{backend}/frontend"))?.unwrap_or_default();
+        Ok(Nodes { store, id, backend, frontend, home: home.to_owned() })
+    }
+
+    /// Which device.
+    pub fn id(&self) -> &DeviceId {
+        &self.id
+    }
+    /// The backend's directory.
+    pub fn backend_path(&self) -> &str {
+        &self.backend
+    }
+    /// The frontend's directory.
+    pub fn frontend_path(&self) -> &str {
+        &self.frontend
+    }
+    /// The connection.
+    pub fn store(&self) -> &Arc<Client> {
+        &self.store
+    }
+
+    /// A key of the backend's directory.
+    pub fn own(&self, key: &str) -> Result<Option<String>, Error> {
+        self.store.get(&format!("{}/{key}", self.backend))
+    }
+
+    /// A key of the frontend's directory. Its value is the guest's: believe nothing.
+    pub fn front(&self, key: &str) -> Result<Option<String>, Error> {
+        self.store.get(&format!("{}/{key}", self.frontend))
+    }
+
+    /// Writes keys of the backend's directory in one transaction, unless the directory is gone:
+    /// a write would bring it back and leave a stale node behind.
+    pub fn write(&self, keys: &[Key]) -> Result<(), Error> {
+        self.store.transaction(|tx| {
+            if self.store.get_in(tx, &format!("{}/frontend", self.backend))?.is_none() {
+                return Ok(());
+            }
+            keys.iter().try_for_each(|(key, value)| {
+                self.store.write(tx, &format!("{}/{key}", self.backend), value)
+            })
+        })
+    }
+
+    /// Writes our state.
+    pub fn set_state(&self, state: State) -> Result<(), Error> {
+        self.write(&[("state".to_owned(), state.to_string())])
+    }
+
+    /// Writes `error/backend/KIND/DOMID/DEVID/error`, as Linux's xenbus_dev_fatal does.
+    pub fn report(&self, reason: &str) -> Result<(), Error> {
+        let path = format!("{}/error/backend/{}/error", self.home, self.id);
+        self.store.write(Tx::NONE, &path, reason)
+    }
+
+    /// Looks at everything that the handshake depends on. `script` says whether a hotplug script
+    /// must have run first.
+    pub fn look(&self, fault: bool) -> Result<Seen, Error> {
+        let own = self.own("state")?;
+        let frontend = match self.frontend.as_str() {
+            "" => None,
+            _ => self.front("state")?,
+        };
+        let script = self.own("script")?;
+        let ready = self.own("hotplug-status")?.as_deref() == Some("connected");
+        let hotplug = if ready || script.is_none() { Hotplug::Ready } else { Hotplug::Pending };
+        Ok(Seen {
+            frontend: frontend.map(|s| State::parse(&s)),
+            own: own.map(|s| State::parse(&s)),
+            online: self.own("online")?.as_deref() != Some("0"),
+            hotplug,
+            fault,
+        })
+    }
+}
