@@ -8,6 +8,7 @@ mod device;
 pub mod machine;
 mod nodes;
 mod server;
+pub mod toolstack;
 
 pub use device::{Device, Fault, Faults, Meeting};
 pub use machine::State;

@@ -135,7 +135,9 @@ impl Server<'_> {
         }
         if let Some(id) = token.strip_prefix("frontend:") {
             let device = self.devices.iter().find(|(known, _)| known.to_string() == id);
-            device.map(|(_, thread)| poke(thread));
+            if let Some((_, thread)) = device {
+                poke(thread);
+            }
             return Ok(());
         }
         let below = path.strip_prefix(&self.root).unwrap_or_default();
