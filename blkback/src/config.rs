@@ -1,0 +1,285 @@
+//! The knobs of a block backend: one table, from which parsing, `--help` and docs/tuning.md come.
+
+use std::time::Duration;
+
+/// How a payload gets between the guest's pages and the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrantMode {
+    /// Pages stay mapped where the frontend offers that, else copy.
+    Persistent,
+    /// Each payload is copied by the hypervisor.
+    Copy,
+}
+
+/// How a frontend may order its writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ordering {
+    /// `feature-flush-cache`, the usual way.
+    Flush,
+    /// `feature-barrier` alone, for frontends that know nothing else. Never with indirect
+    /// descriptors: Linux's blkfront BUGs on a barrier of more than 11 segments.
+    Barrier,
+    /// Both, as Linux's blkback; a frontend that knows flush uses that.
+    Both,
+}
+
+/// How the page cache of the host is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// O_DIRECT.
+    None,
+    /// Through the page cache; a flush is an fdatasync.
+    Writeback,
+    /// Through the page cache; a flush does nothing. For throw-away disks.
+    Unsafe,
+}
+
+/// How a block backend serves its devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Page cache use.
+    pub cache: Cache,
+    /// Payload transport.
+    pub grants: GrantMode,
+    /// Pages that a queue keeps mapped.
+    pub max_persistent_grants: u32,
+    /// Seconds after which an unused persistent grant is unmapped.
+    pub persistent_idle_s: u32,
+    /// Largest ring offered, as an order of pages.
+    pub max_ring_page_order: u32,
+    /// Most queues offered.
+    pub max_queues: u32,
+    /// Most segments of an indirect request; 0 offers none.
+    pub max_indirect_segments: u32,
+    /// How long a queue polls before it sleeps, in microseconds, at most.
+    pub poll_us: u32,
+    /// Ordering primitives offered.
+    pub ordering: Ordering,
+    /// Processors for the queues' threads, in turn; empty: wherever the kernel likes.
+    pub cpus: Vec<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        Config {
+            cache: Cache::None,
+            grants: GrantMode::Persistent,
+            max_persistent_grants: 1056,
+            persistent_idle_s: 60,
+            max_ring_page_order: 4,
+            max_queues: cpus.min(MAX_QUEUES),
+            max_indirect_segments: 256,
+            poll_us: 50,
+            ordering: Ordering::Both,
+            cpus: Vec::new(),
+        }
+    }
+}
+
+/// Most queues of one device.
+pub const MAX_QUEUES: u32 = 64;
+
+impl Config {
+    /// Sets one knob by name.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let knob = KNOBS.iter().find(|k| k.name == name);
+        let knob = knob.ok_or_else(|| {
+            let names: Vec<&str> = KNOBS.iter().map(|k| k.name).collect();
+            format!("no knob is called {name}; there are: {}", names.join(", "))
+        })?;
+        (knob.set)(self, value).ok_or_else(|| {
+            format!("{name}: {value} is not one of its values ({})", knob.range)
+        })
+    }
+
+    /// Sets knobs from `name=value,name=value`, as the `options` key of a backend's node holds.
+    pub fn set_all(&mut self, list: &str) -> Result<(), String> {
+        for item in list.split(',').filter(|item| !item.is_empty()) {
+            let (name, value) =
+                item.split_once('=').ok_or_else(|| format!("{item}: write it as name=value"))?;
+            self.set(name.trim(), value.trim())?;
+        }
+        Ok(())
+    }
+
+    /// How long a persistent grant may be unused.
+    pub fn persistent_idle(&self) -> Duration {
+        Duration::from_secs(self.persistent_idle_s.into())
+    }
+}
+
+/// One knob.
+pub struct Knob {
+    /// Its name, in configuration, attach and `ringback set`.
+    pub name: &'static str,
+    /// Its unit, empty for a choice.
+    pub unit: &'static str,
+    /// Its default in words.
+    pub default: &'static str,
+    /// Its values in words.
+    pub range: &'static str,
+    /// What it does.
+    pub help: &'static str,
+    /// The counter in which a change shows.
+    pub shows_in: &'static str,
+    set: fn(&mut Config, &str) -> Option<()>,
+}
+
+fn number(value: &str, low: u32, high: u32) -> Option<u32> {
+    value.parse().ok().filter(|n| (low..=high).contains(n))
+}
+
+fn list(value: &str) -> Option<Vec<u32>> {
+    match value {
+        "none" => Some(Vec::new()),
+        _ => value.split('+').map(|cpu| number(cpu, 0, 4095)).collect(),
+    }
+}
+
+/// Every knob there is.
+pub const KNOBS: &[Knob] = &[
+    Knob {
+        name: "cache",
+        unit: "",
+        default: "none",
+        range: "none, writeback, unsafe",
+        help: "how the host's page cache is used; none is O_DIRECT",
+        shows_in: "latency_read, latency_write",
+        set: |c, v| {
+            c.cache = match v {
+                "none" => Cache::None,
+                "writeback" => Cache::Writeback,
+                "unsafe" => Cache::Unsafe,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Knob {
+        name: "grants",
+        unit: "",
+        default: "persistent",
+        range: "persistent, copy",
+        help: "payload transport; persistent needs a frontend that offers it, else copy",
+        shows_in: "grants_copied, persistent_hits",
+        set: |c, v| {
+            c.grants = match v {
+                "persistent" => GrantMode::Persistent,
+                "copy" => GrantMode::Copy,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Knob {
+        name: "max_persistent_grants",
+        unit: "pages",
+        default: "1056",
+        range: "1 to 65536",
+        help: "pages that each queue keeps mapped",
+        shows_in: "persistent_evictions",
+        set: |c, v| Some(c.max_persistent_grants = number(v, 1, 65536)?),
+    },
+    Knob {
+        name: "persistent_idle_s",
+        unit: "seconds",
+        default: "60",
+        range: "1 to 86400",
+        help: "after which an unused persistent grant is unmapped",
+        shows_in: "persistent_evictions",
+        set: |c, v| Some(c.persistent_idle_s = number(v, 1, 86400)?),
+    },
+    Knob {
+        name: "max_ring_page_order",
+        unit: "order of pages",
+        default: "4",
+        range: "0 to 4",
+        help: "largest ring offered: 4 is 16 pages, 512 requests",
+        shows_in: "ring_full",
+        set: |c, v| Some(c.max_ring_page_order = number(v, 0, 4)?),
+    },
+    Knob {
+        name: "max_queues",
+        unit: "queues",
+        default: "CPUs",
+        range: "1 to 64",
+        help: "most queues offered; each has a thread of its own",
+        shows_in: "requests of each queue",
+        set: |c, v| Some(c.max_queues = number(v, 1, MAX_QUEUES)?),
+    },
+    Knob {
+        name: "max_indirect_segments",
+        unit: "segments of 4 KiB",
+        default: "256",
+        range: "0 (not offered), 12 to 4096",
+        help: "largest request: 256 is 1 MiB",
+        shows_in: "indirect",
+        set: |c, v| {
+            let n = number(v, 0, 4096).filter(|n| *n == 0 || *n >= 12)?;
+            Some(c.max_indirect_segments = n)
+        },
+    },
+    Knob {
+        name: "poll_us",
+        unit: "microseconds",
+        default: "50",
+        range: "0 to 10000",
+        help: "how long a queue polls before it sleeps, at most; it polls less where that does not pay",
+        shows_in: "polls_paid, notifications_received, cpu_ns",
+        set: |c, v| Some(c.poll_us = number(v, 0, 10_000)?),
+    },
+    Knob {
+        name: "ordering",
+        unit: "",
+        default: "both",
+        range: "flush, barrier, both",
+        help: "ordering primitives offered; barrier (alone) excludes indirect descriptors",
+        shows_in: "f_req, barriers",
+        set: |c, v| {
+            c.ordering = match v {
+                "flush" => Ordering::Flush,
+                "barrier" => Ordering::Barrier,
+                "both" => Ordering::Both,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Knob {
+        name: "cpus",
+        unit: "",
+        default: "none",
+        range: "none, or numbers joined by +",
+        help: "processors that the queues' threads are bound to, in turn",
+        shows_in: "cpu_ns",
+        set: |c, v| Some(c.cpus = list(v)?),
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_knob_takes_its_default() {
+        for knob in KNOBS.iter().filter(|k| k.default != "CPUs") {
+            let mut config = Config::default();
+            config.set(knob.name, knob.default).unwrap();
+            assert_eq!(config, Config::default(), "{}", knob.name);
+        }
+    }
+
+    #[test]
+    fn lists_and_refusals() {
+        let mut config = Config::default();
+        config.set_all("cache=writeback,poll_us=0,cpus=0+1").unwrap();
+        assert_eq!((config.cache, config.poll_us), (Cache::Writeback, 0));
+        assert_eq!(config.cpus, [0, 1]);
+        let refusal = config.set("poll_us", "-1").unwrap_err();
+        assert_eq!(refusal, "poll_us: -1 is not one of its values (0 to 10000)");
+        assert!(config.set("max_indirect_segments", "5").is_err());
+        assert!(config.set_all("speed").unwrap_err().contains("name=value"));
+        assert!(config.set("speed", "9").unwrap_err().contains("poll_us"));
+    }
+}
