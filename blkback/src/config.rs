@@ -257,6 +257,15 @@ pub const KNOBS: &[Knob] = &[
     },
 ];
 
+/// The table of all knobs for docs/tuning.md.
+pub fn markdown() -> String {
+    let head = "| knob | unit | default | values | what it does | shows in |\n|---|---|---|---|---|---|\n";
+    KNOBS.iter().fold(head.to_owned(), |table, k| {
+        let row = [k.name, k.unit, k.default, k.range, k.help, k.shows_in].join(" | ");
+        format!("{table}| {row} |\n")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

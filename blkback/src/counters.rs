@@ -1,0 +1,56 @@
+//! What a block device counts beside its rings. The first six keep the names they have in
+//! xen-blkback's sysfs statistics.
+
+perf::counters! {
+    /// One queue of a block backend.
+    pub struct QueueCounters {
+        /// Requests that could not be started at once for want of memory.
+        oo_req: Counter [requests],
+        /// Reads.
+        rd_req: Counter [requests],
+        /// Writes, barriers included.
+        wr_req: Counter [requests],
+        /// Flushes.
+        f_req: Counter [requests],
+        /// Discards.
+        ds_req: Counter [requests],
+        /// Sectors read.
+        rd_sect: Counter [sectors],
+        /// Sectors written.
+        wr_sect: Counter [sectors],
+        /// Write barriers.
+        barriers: Counter [requests],
+        /// Requests with an indirect segment table.
+        indirect: Counter [requests],
+        /// Largest request so far.
+        largest: Gauge [bytes],
+        /// Requests answered with an error.
+        errors: Counter [requests],
+        /// Granted pages mapped.
+        grants_mapped: Counter [pages],
+        /// Granted pages copied by the hypervisor.
+        grants_copied: Counter [pages],
+        /// Segments whose page was mapped already.
+        persistent_hits: Counter [segments],
+        /// Segments whose page was not mapped yet.
+        persistent_misses: Counter [segments],
+        /// Pages unmapped to make room or for lack of use.
+        persistent_evictions: Counter [pages],
+        /// Pages mapped now.
+        persistent: Gauge [pages],
+        /// Time from taking a read off the ring to its answer.
+        latency_read: Histogram [ns],
+        /// Time from taking a write off the ring to its answer.
+        latency_write: Histogram [ns],
+        /// Time from taking a flush off the ring to its answer.
+        latency_flush: Histogram [ns],
+        /// Time from taking a discard off the ring to its answer.
+        latency_discard: Histogram [ns],
+        /// Times the queue's thread went to sleep.
+        sleeps: Counter [sleeps],
+        /// Polls that found work before the thread would have slept.
+        polls_paid: Counter [polls],
+        /// Processor time of the queue's thread.
+        cpu_ns: Gauge [ns],
+    }
+}

@@ -1,0 +1,177 @@
+//! One queue of a device: its thread, and how the device's control reaches it.
+
+mod memory;
+mod poll;
+mod slots;
+mod worker;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use blktap::Disk;
+use hypervisor::xenbus::{Fault, Faults};
+use hypervisor::{Access, DomId, Hypervisor, Mapping};
+use perf::Handle;
+use rings::{BackRing, Notify, RingCounters, Table};
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::config::{Config, GrantMode};
+use crate::counters::QueueCounters;
+use crate::negotiate::QueueKeys;
+use crate::proto::{Abi, Limits, Native, Protocol, X86_32};
+use memory::Memory;
+use poll::Poller;
+use slots::Slots;
+use worker::{Run, Worker};
+
+/// What a queue's thread and the device's control share.
+pub(crate) struct Shared {
+    stop: AtomicBool,
+    sectors: AtomicU64,
+    wake: OwnedFd,
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+    fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Relaxed)
+    }
+    fn wake(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+/// All that a queue needs to begin.
+pub(crate) struct Start<'a> {
+    pub hypervisor: &'a dyn Hypervisor,
+    pub disk: &'a dyn Disk,
+    pub config: &'a Config,
+    pub name: String,
+    pub number: u32,
+    pub domid: DomId,
+    pub protocol: Protocol,
+    pub keys: &'a QueueKeys,
+    pub grants: GrantMode,
+    pub limits: Limits,
+    pub faults: Faults,
+    pub ring_counters: Handle<RingCounters>,
+    pub counters: Handle<QueueCounters>,
+}
+
+/// A running queue; stopped and drained when dropped.
+pub(crate) struct Queue {
+    shared: Arc<Shared>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    tid: Arc<AtomicU64>,
+    counters: Handle<QueueCounters>,
+}
+
+impl Queue {
+    /// Maps the ring, binds the port and starts the thread.
+    pub(crate) fn start(start: Start<'_>) -> Result<Queue, Fault> {
+        match start.protocol {
+            Protocol::Native => Self::start_as::<Native>(start),
+            Protocol::X86_32 => Self::start_as::<X86_32>(start),
+        }
+    }
+
+    fn start_as<P: Abi>(start: Start<'_>) -> Result<Queue, Fault> {
+        let Start { config, name, counters, .. } = start;
+        let grants = start.hypervisor.grants()?;
+        let refs = &start.keys.ring_refs;
+        let mapping = grants
+            .map(start.domid, refs, Access::ReadWrite)
+            .map_err(|e| Fault(format!("{name}: mapping ring-ref {refs:?}: {e}")))?;
+        let channel = start.hypervisor.bind(start.domid, start.keys.port).map_err(|e| {
+            Fault(format!("{name}: binding event-channel {}: {e}", start.keys.port))
+        })?;
+        let size = rings::slot_count::<P>(refs.len()) as usize;
+        let (ring, notify) = BackRing::<P, Mapping, Table<P::Req>>::attach(
+            mapping,
+            Table::on_heap(size as u32),
+            start.ring_counters,
+        )
+        .map_err(|e| Fault(format!("{name}: {e}")))?;
+        if notify == Notify::Send {
+            channel.notify()?;
+        }
+        let segments = (start.limits.max_segments as usize).max(crate::proto::MAX_SEGMENTS);
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            sectors: AtomicU64::new(start.limits.sectors),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        });
+        let worker = Worker {
+            name: name.clone(),
+            ring,
+            channel,
+            disk: start.disk.queue(size as u32)?,
+            memory: Memory::new(start.domid, grants, start.grants, config, counters.clone()),
+            slots: Slots::new(size, segments),
+            shared: shared.clone(),
+            limits: start.limits,
+            counters: counters.clone(),
+            poller: Poller::new(config.poll_us),
+            run: Run::new(size, segments),
+        };
+        let cpu = match config.cpus.as_slice() {
+            [] => None,
+            cpus => Some(cpus[start.number as usize % cpus.len()]),
+        };
+        let (tid, faults) = (Arc::new(AtomicU64::new(0)), start.faults);
+        let seen = tid.clone();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
+            if let Err(e) = cpu.map_or(Ok(()), bind_to) {
+                tracing::warn!("{}: cannot bind to processor: {e}", worker.name);
+            }
+            if let Err(fault) = worker.run() {
+                faults.report(fault);
+            }
+        })?;
+        Ok(Queue { shared, thread: Some(thread), tid, counters })
+    }
+
+    /// Tells the queue of a new size.
+    pub(crate) fn resize(&self, sectors: u64) {
+        self.shared.sectors.store(sectors, Ordering::Relaxed);
+    }
+
+    /// Notes how much processor time the thread has used: what this host spends on the guest.
+    pub(crate) fn note_cpu(&self) {
+        let path = format!("/proc/self/task/{}/schedstat", self.tid.load(Ordering::Relaxed));
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        if let Some(ns) = text.split(' ').next().and_then(|ns| ns.parse().ok()) {
+            self.counters.cpu_ns.set(ns);
+        }
+    }
+
+    /// Asks the thread to stop; dropping the queue waits for it.
+    pub(crate) fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        // Full (it cannot be, at one write) would mean that it wakes anyway.
+        drop(rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()));
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.note_cpu();
+        self.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a queue's thread panicked");
+        }
+    }
+}
+
+fn bind_to(cpu: u32) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu as usize);
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+}

@@ -1,0 +1,131 @@
+//! The requests that a queue has taken and not answered yet: one slot each, made once.
+
+use crate::proto::Segment;
+
+/// What a slot is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nothing.
+    Free,
+    /// Its segments are known; memory has not been found for them yet.
+    Taken,
+    /// A flush runs before its data may go.
+    PreFlush,
+    /// Its data, flush or discard is with the disk.
+    Running,
+}
+
+/// What a request wants of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    Read,
+    Write,
+    Flush,
+    /// Everything before is on the disk before it, and it before everything after.
+    Barrier,
+    Discard,
+    SecureDiscard,
+}
+
+/// One request.
+#[derive(Clone, Copy)]
+pub(super) struct Slot {
+    pub stage: Stage,
+    pub work: Work,
+    /// Operation to echo.
+    pub op: u8,
+    /// The frontend's mark.
+    pub id: u64,
+    /// Bytes.
+    pub offset: u64,
+    pub len: u64,
+    pub segments: u16,
+    /// BLKIF_RSP_*.
+    pub status: i16,
+    /// When its batch was taken, in ns.
+    pub taken_at: u64,
+}
+
+const FREE: Slot = Slot {
+    stage: Stage::Free,
+    work: Work::Read,
+    op: 0,
+    id: 0,
+    offset: 0,
+    len: 0,
+    segments: 0,
+    status: 0,
+    taken_at: 0,
+};
+
+/// Where one segment's bytes are while its request runs.
+#[derive(Clone, Copy)]
+pub(super) struct Piece {
+    pub segment: Segment,
+    pub place: Place,
+}
+
+/// A place for a segment's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// None yet.
+    Nowhere,
+    /// In the guest's own page, by its entry in the persistent pool.
+    Mapped(u32),
+    /// In a page of the copy buffer.
+    Copied(u32),
+}
+
+/// All slots of a queue with their segments.
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    /// The ring's right to answer each of them.
+    tokens: Vec<Option<rings::Slot>>,
+    pieces: Vec<Piece>,
+    per_slot: usize,
+}
+
+impl Slots {
+    /// `count` slots of up to `per_slot` segments.
+    pub(super) fn new(count: usize, per_slot: usize) -> Slots {
+        let nowhere = Piece { segment: Segment { gref: 0, first: 0, last: 0 }, place: Place::Nowhere };
+        Slots {
+            slots: vec![FREE; count],
+            tokens: (0..count).map(|_| None).collect(),
+            pieces: vec![nowhere; count * per_slot], per_slot }
+    }
+
+    pub(super) fn get(&self, slot: u32) -> &Slot {
+        &self.slots[slot as usize]
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u32) -> &mut Slot {
+        &mut self.slots[slot as usize]
+    }
+
+    /// Keeps a taken request's token; its index is the slot's number.
+    pub(super) fn hold(&mut self, token: rings::Slot) -> u32 {
+        let slot = token.index();
+        self.tokens[slot] = Some(token);
+        slot as u32
+    }
+
+    /// Frees a slot and gives its token, to answer with.
+    pub(super) fn free(&mut self, slot: u32) -> Option<rings::Slot> {
+        self.slots[slot as usize] = FREE;
+        self.tokens[slot as usize].take()
+    }
+
+    /// Room for the segments of a slot.
+    pub(super) fn room(&mut self, slot: u32) -> &mut [Piece] {
+        let at = slot as usize * self.per_slot;
+        &mut self.pieces[at..at + self.per_slot]
+    }
+
+    /// The segments of a slot.
+    pub(super) fn pieces(&mut self, slot: u32) -> &mut [Piece] {
+        let at = slot as usize * self.per_slot;
+        let count = usize::from(self.slots[slot as usize].segments);
+        &mut self.pieces[at..at + count]
+    }
+}

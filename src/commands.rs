@@ -1,0 +1,60 @@
+//! One file a command.
+
+mod attach;
+mod backend;
+mod daemon;
+mod doctor;
+mod knobs;
+mod live;
+mod stats;
+
+use std::process::ExitCode;
+
+use crate::cli::{Attach, Backend, Cli, Command, Detach};
+use crate::platform::{connect, run_dir};
+
+/// Why a command failed; its text says what to do next.
+pub type Result<T = ExitCode> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// What every command may need.
+pub struct Context {
+    /// `$RINGBACK_RUN`.
+    pub run_dir: std::path::PathBuf,
+    /// The bundled hypervisor's socket, if it is to be used.
+    pub socket: Option<std::path::PathBuf>,
+}
+
+impl Context {
+    fn hypervisor(&self) -> std::io::Result<std::sync::Arc<dyn hypervisor::Hypervisor>> {
+        connect(self.socket.as_deref())
+    }
+}
+
+/// Carries out the command.
+pub fn run(cli: Cli) -> Result {
+    let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
+    let Some(command) = cli.command else {
+        return Err("name a command; see ringback --help".into());
+    };
+    match command {
+        Command::Daemon(serve) => daemon::run(&context, &serve),
+        Command::Backend(Backend::Blk { domid, serve }) => backend::blk(&context, domid, &serve),
+        Command::Attach(Attach::Blk { domid, vdev, target, read_only, drive, set, backend }) => {
+            let disk = attach::Disk { domid, vdev, target, read_only, drive, set, backend };
+            attach::attach(&context, &disk)
+        }
+        Command::Detach(Detach::Blk { domid, vdev, force, backend }) => {
+            attach::detach(&context, domid, &vdev, force, backend)
+        }
+        Command::Resize(device) => live::resize(&context, &device.device),
+        Command::Cd(cd) => attach::cd(&context, &cd),
+        Command::Stats(options) => stats::stats(&context, &options),
+        Command::List(options) => stats::list(&context, &options),
+        Command::Doctor(options) => doctor::run(&context, &options),
+        Command::Knobs(options) => knobs::run(&options),
+        Command::Version => {
+            println!("ringback {}", env!("CARGO_PKG_VERSION"));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! `ringback doctor`: whether this host can run backends.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::{Context, Result};
+use crate::cli::List;
+
+struct Check {
+    what: &'static str,
+    found: std::result::Result<String, String>,
+}
+
+fn check(what: &'static str, found: std::result::Result<String, String>) -> Check {
+    Check { what, found }
+}
+
+fn checks(context: &Context) -> Vec<Check> {
+    let hypervisor = context.hypervisor().map_err(|e| e.to_string());
+    let store = hypervisor.as_ref().map_err(Clone::clone).and_then(|h| {
+        let store = h.store().map_err(|e| e.to_string())?;
+        store.domain_path(h.domid()).map_err(|e| e.to_string())
+    });
+    let kernel = match Path::new("/sys/module/xen_blkback").exists() {
+        true => Err("the kernel's xen-blkback is loaded and takes vbd nodes first: \
+                     rmmod xen-blkback, and blacklist it in /etc/modprobe.d"
+            .to_owned()),
+        false => Ok("not loaded".to_owned()),
+    };
+    let engine = blktap::doctor().map_err(|e| e.to_string());
+    vec![
+        check("hypervisor", hypervisor.map(|h| format!("this is domain {}", h.domid()))),
+        check("xenstore", store),
+        check("kernel's xen-blkback", kernel),
+        check("io_uring", engine),
+    ]
+}
+
+/// `ringback doctor`; exit 1 if anything is wrong.
+pub fn run(context: &Context, options: &List) -> Result {
+    let checks = checks(context);
+    let bad = checks.iter().filter(|c| c.found.is_err()).count();
+    if options.json {
+        let rows: Vec<_> = checks
+            .iter()
+            .map(|c| match &c.found {
+                Ok(text) => json!({"check": c.what, "ok": true, "text": text}),
+                Err(text) => json!({"check": c.what, "ok": false, "text": text}),
+            })
+            .collect();
+        println!("{}", json!({"schema": 1, "checks": rows}));
+    } else {
+        for c in &checks {
+            match &c.found {
+                Ok(text) => println!("ok    {}: {text}", c.what),
+                Err(text) => println!("BAD   {}: {text}", c.what),
+            }
+        }
+    }
+    Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,48 @@
+//! Commands that speak to a live device over its control socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Context, Result};
+
+/// How long a device may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The control socket of `DOMID/VDEV`, or the path that was given.
+fn socket(context: &Context, device: &str) -> Result<PathBuf> {
+    if let Some((domid, vdev)) = device.split_once('/')
+        && let (Ok(domid), Some(devid)) = (domid.parse::<u16>(), blkback::vdev::parse(vdev))
+    {
+        return Ok(context.run_dir.join(domid.to_string()).join(format!("vbd-{devid}.sock")));
+    }
+    let path = PathBuf::from(device);
+    if path.exists() { Ok(path) } else { Err(format!("{device}: no such device; name it as DOMID/VDEV").into()) }
+}
+
+/// Asks a device; its answer is an object without `error`.
+pub fn ask(context: &Context, device: &str, request: &Value) -> Result<Value> {
+    let path = socket(context, device)?;
+    let mut stream = UnixStream::connect(&path)
+        .map_err(|e| format!("{device}: nobody serves it at {}: {e}", path.display()))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    let answer: Value = serde_json::from_str(&line).map_err(|_| format!("{device}: no answer"))?;
+    match answer.get("error").and_then(Value::as_str) {
+        Some(error) => Err(format!("{device}: {error}").into()),
+        None => Ok(answer),
+    }
+}
+
+/// `ringback resize`.
+pub fn resize(context: &Context, device: &str) -> Result {
+    let answer = ask(context, device, &json!({"command": "resize"}))?;
+    println!("{device}: {} bytes", answer.get("size").and_then(Value::as_u64).unwrap_or(0));
+    Ok(ExitCode::SUCCESS)
+}
