@@ -80,7 +80,7 @@ pub enum Number {
         value: u64,
     },
     /// A distribution.
-    Distribution(Distribution),
+    Distribution(Box<Distribution>),
 }
 
 /// A histogram in a few numbers, in the unit of its field.
@@ -178,7 +178,7 @@ pub enum RateNumber {
         value: u64,
     },
     /// A histogram: what was recorded in between.
-    Distribution(Distribution),
+    Distribution(Box<Distribution>),
 }
 
 impl Snapshot {
@@ -261,7 +261,7 @@ fn rate(new: &Value, old: Option<&Value>, interval_s: f64) -> Rate {
             RateNumber::PerSecond { per_s }
         }
         (Number::Distribution(d), Some(Number::Distribution(was))) => {
-            RateNumber::Distribution(d.raw.since(&was.raw).into())
+            RateNumber::Distribution(Box::new(d.raw.since(&was.raw).into()))
         }
         (Number::Distribution(d), _) => RateNumber::Distribution(d.clone()),
     };

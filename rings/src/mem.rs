@@ -2,19 +2,30 @@
 // Address arithmetic on shared memory is this module's whole purpose.
 #![allow(unsafe_code)]
 
-use core::sync::atomic::AtomicU32;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::cell::UnsafeCell;
+use core::mem::MaybeUninit;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::PAGE_SIZE;
 
 /// A run of bytes shared with another domain.
 ///
 /// No reference to the bytes is ever made: header words are atomics, everything else is copied
-/// in or out by offset.
+/// in or out by offset, word by word with relaxed atomics. A copy that the other side changes
+/// meanwhile holds a mixture of old and new bytes, and nothing worse.
 ///
 /// # Safety
 /// `base()` is valid for reads and writes of `len()` bytes for as long as the value lives, is
-/// aligned to 4096 bytes, does not move, and is never the target of a Rust reference other
-/// than to atomics. The other side may change the bytes at any time.
+/// aligned to 4096 bytes, does not move (also when the value itself does), and is never the
+/// target of a Rust reference other than to atomics. `base` and `len` give the same answer each
+/// time. The other side may change the bytes at any time.
 pub unsafe trait SharedMem {
-    /// First byte; aligned to [`PAGE_SIZE`](crate::PAGE_SIZE).
+    /// First byte; aligned to [`PAGE_SIZE`].
     fn base(&self) -> *mut u8;
     /// Length in bytes, a multiple of the page size.
     fn len(&self) -> usize;
@@ -24,9 +35,228 @@ pub unsafe trait SharedMem {
     }
     /// The header word at `offset`. Panics if it is out of range or not aligned to 4: offsets are
     /// the program's own and never come from the other side.
-    fn word(&self, offset: usize) -> &AtomicU32;
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        check(offset, 4, self.len());
+        assert!(offset.is_multiple_of(4), "word at {offset}");
+        // SAFETY: in range and aligned by the checks and the trait's contract.
+        unsafe { AtomicU32::from_ptr(self.base().add(offset).cast()) }
+    }
     /// Copies bytes out. Panics if the range is out of bounds.
-    fn read(&self, offset: usize, into: &mut [u8]);
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        check(offset, into.len(), self.len());
+        // SAFETY: in range by the check; the slice is private memory.
+        unsafe { copy_out(self.base().add(offset), into.as_mut_ptr(), into.len()) }
+    }
     /// Copies bytes in. Panics if the range is out of bounds.
-    fn write(&self, offset: usize, from: &[u8]);
+    fn write(&self, offset: usize, from: &[u8]) {
+        check(offset, from.len(), self.len());
+        // SAFETY: in range by the check; the slice is private memory.
+        unsafe { copy_in(self.base().add(offset), from.as_ptr(), from.len()) }
+    }
 }
+
+/// Shared bytes that may only be read: a page granted read-only, say. All [`SharedMem`] is.
+///
+/// # Safety
+/// As for [`SharedMem`], but for reads alone.
+pub unsafe trait SharedRead {
+    /// First byte; aligned to [`PAGE_SIZE`].
+    fn start(&self) -> *const u8;
+    /// Length in bytes, a multiple of the page size.
+    fn length(&self) -> usize;
+    /// Copies bytes out. Panics if the range is out of bounds.
+    fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        check(offset, into.len(), self.length());
+        // SAFETY: in range by the check; the slice is private memory.
+        unsafe { copy_out(self.start().add(offset), into.as_mut_ptr(), into.len()) }
+    }
+}
+
+// SAFETY: what may be read and written may be read.
+unsafe impl<M: SharedMem + ?Sized> SharedRead for M {
+    fn start(&self) -> *const u8 {
+        self.base()
+    }
+    fn length(&self) -> usize {
+        self.len()
+    }
+}
+
+// SAFETY: the same memory, kept alive by the reference count.
+unsafe impl<M: SharedMem + ?Sized> SharedMem for Arc<M> {
+    fn base(&self) -> *mut u8 {
+        (**self).base()
+    }
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+}
+
+// SAFETY: the same memory, which does not move with the box's content.
+unsafe impl<M: SharedMem + ?Sized> SharedMem for Box<M> {
+    fn base(&self) -> *mut u8 {
+        (**self).base()
+    }
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+}
+
+#[inline]
+fn check(offset: usize, len: usize, of: usize) {
+    let fits = offset.checked_add(len).is_some_and(|end| end <= of);
+    assert!(fits, "{len} bytes at {offset} of {of}");
+}
+
+/// Copies `len` bytes out of shared memory with the widest atomics that the address allows.
+///
+/// # Safety
+/// `from` is valid for atomic reads of `len` bytes, `to` for plain writes, and they don't overlap.
+#[inline]
+unsafe fn copy_out(from: *const u8, to: *mut u8, len: usize) {
+    let from = from.cast_mut();
+    let mut at = 0;
+    // SAFETY: every access is within `len` bytes; atomics are aligned by the conditions.
+    unsafe {
+        if from.addr().is_multiple_of(8) {
+            while at + 8 <= len {
+                let word = AtomicU64::from_ptr(from.add(at).cast()).load(Relaxed);
+                to.add(at).cast::<u64>().write_unaligned(word);
+                at += 8;
+            }
+        }
+        if from.addr().is_multiple_of(4) {
+            while at + 4 <= len {
+                let word = AtomicU32::from_ptr(from.add(at).cast()).load(Relaxed);
+                to.add(at).cast::<u32>().write_unaligned(word);
+                at += 4;
+            }
+        }
+        while at < len {
+            to.add(at).write(AtomicU8::from_ptr(from.add(at)).load(Relaxed));
+            at += 1;
+        }
+    }
+}
+
+/// Copies `len` bytes into shared memory with the widest atomics that the address allows.
+///
+/// # Safety
+/// `to` is valid for atomic writes of `len` bytes, `from` for plain reads, and they don't overlap.
+#[inline]
+unsafe fn copy_in(to: *mut u8, from: *const u8, len: usize) {
+    let mut at = 0;
+    // SAFETY: every access is within `len` bytes; atomics are aligned by the conditions.
+    unsafe {
+        if to.addr().is_multiple_of(8) {
+            while at + 8 <= len {
+                let word = from.add(at).cast::<u64>().read_unaligned();
+                AtomicU64::from_ptr(to.add(at).cast()).store(word, Relaxed);
+                at += 8;
+            }
+        }
+        if to.addr().is_multiple_of(4) {
+            while at + 4 <= len {
+                let word = from.add(at).cast::<u32>().read_unaligned();
+                AtomicU32::from_ptr(to.add(at).cast()).store(word, Relaxed);
+                at += 4;
+            }
+        }
+        while at < len {
+            AtomicU8::from_ptr(to.add(at)).store(from.add(at).read(), Relaxed);
+            at += 1;
+        }
+    }
+}
+
+/// Shared memory whose address was asked for once: the hot path makes no dynamic call.
+pub(crate) struct Region<M> {
+    base: *mut u8,
+    len: usize,
+    owner: M,
+}
+
+// SAFETY: access goes through atomics; the owner itself may be sent.
+unsafe impl<M: Send> Send for Region<M> {}
+// SAFETY: as above.
+unsafe impl<M: Sync> Sync for Region<M> {}
+
+impl<M: SharedMem> Region<M> {
+    pub(crate) fn new(owner: M) -> Self {
+        Region { base: owner.base(), len: owner.len(), owner }
+    }
+    pub(crate) fn owner(&self) -> &M {
+        &self.owner
+    }
+    /// The word at `offset`, which is in range and a multiple of 4.
+    #[inline]
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+        check(offset, 4, self.len);
+        assert!(offset.is_multiple_of(4));
+        // SAFETY: in range and aligned; the memory lives as long as the owner.
+        unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
+    }
+    /// The double word at `offset`, which is in range and a multiple of 8.
+    #[inline]
+    pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
+        check(offset, 8, self.len);
+        assert!(offset.is_multiple_of(8));
+        // SAFETY: in range and aligned; the memory lives as long as the owner.
+        unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
+    }
+    /// Copies a value out of the range at `offset`.
+    #[inline]
+    pub(crate) fn load<T: FromBytes>(&self, offset: usize) -> T {
+        check(offset, size_of::<T>(), self.len);
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: in range; every byte of the value is written, and FromBytes says that any
+        // bytes are a valid T.
+        unsafe {
+            copy_out(self.base.add(offset), value.as_mut_ptr().cast(), size_of::<T>());
+            value.assume_init()
+        }
+    }
+    /// Copies a value into the range at `offset`.
+    #[inline]
+    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
+        check(offset, size_of::<T>(), self.len);
+        let bytes = value.as_bytes();
+        // SAFETY: in range; the value's bytes are all initialised, as IntoBytes says.
+        unsafe { copy_in(self.base.add(offset), bytes.as_ptr(), bytes.len()) }
+    }
+}
+
+#[repr(C, align(4096))]
+struct Page(UnsafeCell<[u8; PAGE_SIZE]>);
+
+/// Zeroed pages on the heap, for both ends of a ring in one process (put them in an [`Arc`]) and
+/// for tables that need not outlive it.
+pub struct HeapPages(Box<[Page]>);
+
+// SAFETY: reached only through SharedMem's atomics and copies.
+unsafe impl Send for HeapPages {}
+// SAFETY: as above.
+unsafe impl Sync for HeapPages {}
+
+impl HeapPages {
+    /// `pages` zeroed pages of 4096 bytes.
+    pub fn new(pages: usize) -> Self {
+        let zeroed = |_| Page(UnsafeCell::new([0; PAGE_SIZE]));
+        HeapPages((0..pages).map(zeroed).collect::<Vec<_>>().into())
+    }
+}
+
+// SAFETY: page-aligned heap memory inside UnsafeCell, which stays in place when the box moves
+// and to whose bytes no reference is made.
+unsafe impl SharedMem for HeapPages {
+    fn base(&self) -> *mut u8 {
+        self.0.as_ptr().cast_mut().cast()
+    }
+    fn len(&self) -> usize {
+        self.0.len() * PAGE_SIZE
+    }
+}
+
+#[cfg(test)]
+#[path = "mem_tests.rs"]
+mod tests;

@@ -200,7 +200,7 @@ fn value(line: &str, values: &[u8]) -> Option<Value> {
     let bytes = layout::bytes(values, offset, kind.size() as u64)?;
     let number = match kind {
         Kind::Counter | Kind::Gauge => Number::Value { value: layout::u64_at(bytes, 0)? },
-        Kind::Histogram => Number::Distribution(histogram(bytes)?.into()),
+        Kind::Histogram => Number::Distribution(Box::new(histogram(bytes)?.into())),
     };
     Some(Value { name, kind, unit, help, number })
 }

@@ -1,0 +1,380 @@
+//! The backend's end of a ring: requests come out, responses go in.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+use core::marker::PhantomData;
+use core::num::NonZeroU32;
+use core::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use perf::Handle;
+
+use crate::counters::RingCounters;
+use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
+use crate::index::{self, Notify, Pending, Strong};
+use crate::inflight::{Entry, InFlight};
+use crate::mem::{Region, SharedMem};
+use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
+
+/// The right and duty to answer one request: it cannot be copied, and answering uses it up.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a request that is never answered keeps its slot for ever"]
+pub struct Slot(u32);
+
+impl Slot {
+    /// Index in the in-flight table, below the ring's slots; no two requests in flight have the
+    /// same. Good for the caller's own array of request state.
+    #[inline]
+    pub fn index(&self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A request taken from the ring: the only copy that may be looked at.
+#[derive(Debug)]
+pub struct Taken<R> {
+    /// For the answer.
+    pub slot: Slot,
+    /// The request.
+    pub req: R,
+}
+
+/// Why a ring cannot be attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The memory is no ring.
+    Size(SizeError),
+    /// The indices are impossible.
+    Corrupt(Corrupt),
+    /// The in-flight table has fewer entries than the ring has slots.
+    Table {
+        /// Entries that it has.
+        entries: u32,
+        /// Slots of the ring.
+        slots: u32,
+    },
+}
+
+impl fmt::Display for AttachError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AttachError::Size(e) => e.fmt(f),
+            AttachError::Corrupt(e) => e.fmt(f),
+            AttachError::Table { entries, slots } => {
+                write!(f, "an in-flight table of {entries} entries for a ring of {slots} slots")
+            }
+        }
+    }
+}
+impl core::error::Error for AttachError {}
+impl From<SizeError> for AttachError {
+    fn from(e: SizeError) -> Self {
+        AttachError::Size(e)
+    }
+}
+impl From<Corrupt> for AttachError {
+    fn from(e: Corrupt) -> Self {
+        AttachError::Corrupt(e)
+    }
+}
+
+/// A list of entries of the in-flight table, allocated once.
+struct Stack {
+    slots: Box<[u32]>,
+    len: usize,
+}
+
+impl Stack {
+    fn new(room: u32) -> Self {
+        Stack { slots: vec![0; room as usize].into(), len: 0 }
+    }
+    #[inline]
+    fn push(&mut self, slot: u32) {
+        self.slots[self.len] = slot;
+        self.len += 1;
+    }
+    #[inline]
+    fn pop(&mut self) -> Option<u32> {
+        self.len = self.len.checked_sub(1)?;
+        Some(self.slots[self.len])
+    }
+}
+
+/// The backend's end of a ring over 1, 2, 4 ... pages, with its in-flight table.
+pub struct BackRing<P: Protocol, M, T> {
+    region: Region<M>,
+    slots: u32,
+    /// Requests taken (`req_cons`) and seen (the last `req_prod` that was read).
+    taken: u32,
+    seen: u32,
+    /// Responses written (`rsp_prod_pvt`) and published.
+    written: u32,
+    published: u32,
+    table: T,
+    /// Number of the last request taken; entries of the table are in this order.
+    sequence: u64,
+    /// Entries that are free; those answered since the last publication; those that a
+    /// predecessor left unanswered, youngest first.
+    free: Stack,
+    answered: Stack,
+    replay: Stack,
+    woken: bool,
+    counters: Handle<RingCounters>,
+    protocol: PhantomData<P>,
+}
+
+impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
+    /// Takes the back end of a ring (`BACK_RING_ATTACH` at `rsp_prod`). What `table` holds and
+    /// `rsp_prod` does not cover was taken by a predecessor and not answered: [`take`](Self::take)
+    /// gives it again, oldest first, before anything new.
+    ///
+    /// `Notify::Send`: the predecessor may have died between publishing and notifying.
+    pub fn attach(
+        memory: M,
+        table: T,
+        counters: Handle<RingCounters>,
+    ) -> Result<(Self, Notify), AttachError> {
+        let slots = slots_in::<P>(memory.len())?;
+        let entries = table.slots();
+        if entries < slots {
+            return Err(AttachError::Table { entries, slots });
+        }
+        let region = Region::new(memory);
+        let rsp_prod = region.word(RSP_PROD).load(Acquire);
+        let mut ring = BackRing {
+            region,
+            slots,
+            taken: rsp_prod,
+            seen: rsp_prod,
+            written: rsp_prod,
+            published: rsp_prod,
+            table,
+            sequence: 0,
+            free: Stack::new(entries),
+            answered: Stack::new(slots),
+            replay: Stack::new(slots),
+            woken: false,
+            counters,
+            protocol: PhantomData,
+        };
+        ring.recover(entries)?;
+        let _ = ring.look()?;
+        Ok((ring, if rsp_prod == 0 { Notify::Skip } else { Notify::Send }))
+    }
+
+    /// Sorts the table's entries into free and unanswered, and finds the consumer index: each
+    /// request taken has a published response or is unanswered.
+    fn recover(&mut self, entries: u32) -> Result<(), Corrupt> {
+        let mut unanswered = Vec::new();
+        for slot in (0..entries).rev() {
+            match self.table.entry(slot) {
+                Entry::Free => self.free.push(slot),
+                Entry::Taken { sequence } => unanswered.push((sequence, slot)),
+                Entry::Answered { position, .. } if self.was_published(position) => {
+                    self.table.clear(slot);
+                    self.free.push(slot);
+                }
+                Entry::Answered { sequence, .. } => {
+                    self.table.retract(slot);
+                    unanswered.push((sequence, slot));
+                }
+            }
+        }
+        let count = unanswered.len() as u32;
+        self.taken = self.published.wrapping_add(count);
+        self.seen = self.taken;
+        if count > self.slots {
+            return Err(self.corrupt(self.region.word(REQ_PROD).load(Relaxed)));
+        }
+        unanswered.sort_unstable_by(|a, b| b.cmp(a));
+        self.sequence = unanswered.first().map_or(0, |(youngest, _)| *youngest);
+        for (_, slot) in unanswered {
+            self.replay.push(slot);
+        }
+        Ok(())
+    }
+
+    /// Whether the response at `position` lies before the published producer index.
+    fn was_published(&self, position: u32) -> bool {
+        (1..=self.slots).contains(&self.published.wrapping_sub(position))
+    }
+
+    /// Slots of the ring.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+    /// Requests taken and not answered, with those still to be taken again.
+    pub fn in_flight(&self) -> u32 {
+        self.taken.wrapping_sub(self.written)
+    }
+    /// Requests of a predecessor that [`take`](Self::take) is still to give again.
+    pub fn replays(&self) -> u32 {
+        self.replay.len as u32
+    }
+    /// The ring's memory.
+    pub fn memory(&self) -> &M {
+        self.region.owner()
+    }
+    /// The in-flight table.
+    pub fn table(&self) -> &T {
+        &self.table
+    }
+    /// The ring's counters.
+    pub fn counters(&self) -> &Handle<RingCounters> {
+        &self.counters
+    }
+
+    #[inline]
+    fn slot_offset(&self, index: u32) -> usize {
+        HEADER + (index & (self.slots - 1)) as usize * slot_size::<P>()
+    }
+
+    /// The next request, copied out once. `None`: there is none now. `Corrupt`: the frontend's
+    /// index is impossible; nothing more can be taken.
+    #[inline]
+    pub fn take(&mut self) -> Result<Option<Taken<P::Req>>, Corrupt> {
+        if self.replay.len > 0 {
+            return Ok(self.take_again());
+        }
+        if self.taken == self.seen && self.look()? == Pending::Nothing {
+            return Ok(None);
+        }
+        let Some(slot) = self.free.pop() else { return Ok(None) };
+        let req = self.region.load(self.slot_offset(self.taken));
+        self.sequence += 1;
+        self.table.put(slot, self.sequence, &req);
+        self.taken = self.taken.wrapping_add(1);
+        Ok(Some(Taken { slot: Slot(slot), req }))
+    }
+
+    #[cold]
+    fn take_again(&mut self) -> Option<Taken<P::Req>> {
+        let slot = self.replay.pop()?;
+        Some(Taken { slot: Slot(slot), req: self.table.request(slot) })
+    }
+
+    /// Writes the response of a request, in any order. The frontend sees it after
+    /// [`publish`](Self::publish). Panics if `slot` is another ring's and makes one too many.
+    #[inline]
+    pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
+        assert!(self.in_flight() > 0, "a slot of another ring");
+        self.region.store(self.slot_offset(self.written), rsp);
+        self.table.answer(slot.0, self.written);
+        self.answered.push(slot.0);
+        self.written = self.written.wrapping_add(1);
+    }
+
+    /// Shows the frontend all responses written so far
+    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`), then forgets their requests.
+    #[inline]
+    pub fn publish(&mut self) -> Notify {
+        let (old, new) = (self.published, self.written);
+        if old == new {
+            return Notify::Skip;
+        }
+        let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+        let notify = index::publish::<_, Strong>(producer, event, old, new);
+        self.published = new;
+        while let Some(slot) = self.answered.pop() {
+            self.table.clear(slot);
+            self.free.push(slot);
+        }
+        self.counters.responses.add(u64::from(new.wrapping_sub(old)));
+        match notify {
+            Notify::Send => self.counters.notifications_sent.add(1),
+            Notify::Skip => self.counters.notifications_saved.add(1),
+        }
+        notify
+    }
+
+    /// Looks whether there are requests, without asking for a notification.
+    fn look(&mut self) -> Result<Pending, Corrupt> {
+        let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
+        let pending = self.found(found)?;
+        if core::mem::take(&mut self.woken) && pending == Pending::Nothing {
+            self.counters.spurious.add(1);
+        }
+        Ok(pending)
+    }
+
+    /// Judges a producer index: it may lie from what was seen to one ring beyond the responses
+    /// that the frontend could have taken.
+    #[inline]
+    fn found(&mut self, req_prod: u32) -> Result<Pending, Corrupt> {
+        let new = req_prod.wrapping_sub(self.seen);
+        if new > self.slots - self.seen.wrapping_sub(self.published) {
+            return Err(self.corrupt(req_prod));
+        }
+        if new > 0 {
+            self.seen = req_prod;
+            self.counters.requests.add(u64::from(new));
+            self.counters.batch.record(u64::from(new));
+        }
+        Ok(if self.unconsumed() == 0 { Pending::Nothing } else { Pending::Work })
+    }
+
+    #[inline]
+    fn unconsumed(&self) -> u32 {
+        self.seen.wrapping_sub(self.taken).wrapping_add(self.replays())
+    }
+
+    #[cold]
+    fn corrupt(&self, found: u32) -> Corrupt {
+        let room = self.slots.saturating_sub(self.seen.wrapping_sub(self.published));
+        Corrupt { ring: P::NAME, index: "req_prod", found, least: self.seen, room }
+    }
+
+    /// Looks for requests while polling, and counts whether it paid.
+    pub fn poll(&mut self) -> Result<Pending, Corrupt> {
+        self.counters.polls.add(1);
+        let pending = self.look()?;
+        if pending == Pending::Work {
+            self.counters.polls_paid.add(1);
+        }
+        Ok(pending)
+    }
+
+    /// Asks to be notified of the next request and looks a second time
+    /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Sleep only after `Nothing`.
+    #[inline]
+    pub fn arm(&mut self) -> Result<Pending, Corrupt> {
+        self.arm_after(NonZeroU32::MIN)
+    }
+
+    /// Asks to be notified once `messages` more requests are there. `Nothing` says that there
+    /// are fewer (not that there are none).
+    pub fn arm_after(&mut self, messages: NonZeroU32) -> Result<Pending, Corrupt> {
+        let _ = self.look()?;
+        if self.unconsumed() < messages.get() {
+            let wanted = self.taken.wrapping_add(messages.get());
+            let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
+            let found = index::arm::<_, Strong>(producer, event, wanted);
+            let _ = self.found(found)?;
+        }
+        Ok(if self.unconsumed() >= messages.get() { Pending::Work } else { Pending::Nothing })
+    }
+
+    /// Asks for no notifications: this end polls.
+    pub fn disarm(&mut self) {
+        index::disarm(self.region.word(REQ_EVENT), self.taken);
+    }
+
+    /// Counts a notification; if the next look finds nothing, it was spurious.
+    pub fn woken(&mut self) {
+        self.counters.notifications_received.add(1);
+        self.woken = true;
+    }
+}
+
+impl<P: Protocol, M, T> fmt::Debug for BackRing<P, M, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BackRing")
+            .field("ring", &P::NAME)
+            .field("slots", &self.slots)
+            .field("req_cons", &self.taken)
+            .field("rsp_prod_pvt", &self.written)
+            .finish_non_exhaustive()
+    }
+}

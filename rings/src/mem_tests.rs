@@ -1,0 +1,62 @@
+use super::*;
+use alloc::vec;
+
+#[test]
+fn copies_of_every_alignment_and_length_are_exact() {
+    let mem = HeapPages::new(1);
+    for at in 0..17 {
+        for len in 0..40 {
+            let data: Vec<u8> = (0..len).map(|i| (i * 7 + at + 1) as u8).collect();
+            mem.write(0, &[0xee; 64]);
+            mem.write(at, &data);
+            let mut all = [0; 64];
+            mem.read(0, &mut all);
+            let mut expected = vec![0xee; 64];
+            expected[at..at + len].copy_from_slice(&data);
+            assert_eq!(all[..], expected, "write at={at} len={len}");
+            let mut back = vec![0; len];
+            mem.read(at, &mut back);
+            assert_eq!(back, data, "read at={at} len={len}");
+        }
+    }
+}
+
+#[test]
+fn typed_values_round_trip() {
+    let region = Region::new(HeapPages::new(1));
+    let value = [1u32, 2, 3, 4, 5];
+    region.store(64, &value);
+    assert_eq!(region.load::<[u32; 5]>(64), value);
+    assert_eq!(region.load::<u32>(68), 2);
+    assert_eq!(region.word(72).load(Relaxed), 3);
+    assert_eq!(region.word64(64).load(Relaxed), 1 | 2 << 32);
+}
+
+#[test]
+#[should_panic(expected = "bytes at")]
+fn a_range_beyond_the_end_panics() {
+    HeapPages::new(1).read(4090, &mut [0; 7]);
+}
+
+#[test]
+#[should_panic(expected = "bytes at")]
+fn an_offset_that_overflows_panics() {
+    HeapPages::new(1).write(usize::MAX, &[0; 7]);
+}
+
+#[test]
+#[should_panic(expected = "word at 2")]
+fn a_word_that_is_not_aligned_panics() {
+    HeapPages::new(1).word(2);
+}
+
+#[test]
+fn both_holders_of_an_arc_see_one_memory() {
+    let a = Arc::new(HeapPages::new(2));
+    let b: Arc<dyn SharedMem> = a.clone();
+    a.word(4096).store(7, Relaxed);
+    assert_eq!(b.word(4096).load(Relaxed), 7);
+    let mut byte = [0];
+    b.copy_out(4096, &mut byte);
+    assert_eq!((byte[0], b.length(), b.is_empty()), (7, 8192, false));
+}
