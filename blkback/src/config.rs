@@ -162,7 +162,7 @@ pub const KNOBS: &[Knob] = &[
         default: "persistent",
         range: "persistent, copy",
         help: "payload transport; persistent needs a frontend that offers it, else copy",
-        shows_in: "grants_copied, persistent_hits",
+        shows_in: "grants_copied, hits",
         set: |c, v| {
             c.grants = match v {
                 "persistent" => GrantMode::Persistent,
@@ -178,7 +178,7 @@ pub const KNOBS: &[Knob] = &[
         default: "1056",
         range: "1 to 65536",
         help: "pages that each queue keeps mapped",
-        shows_in: "persistent_evictions",
+        shows_in: "evictions",
         set: |c, v| Some(c.max_persistent_grants = number(v, 1, 65536)?),
     },
     Knob {
@@ -187,7 +187,7 @@ pub const KNOBS: &[Knob] = &[
         default: "60",
         range: "1 to 86400",
         help: "after which an unused persistent grant is unmapped",
-        shows_in: "persistent_evictions",
+        shows_in: "evictions",
         set: |c, v| Some(c.persistent_idle_s = number(v, 1, 86400)?),
     },
     Knob {

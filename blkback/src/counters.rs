@@ -30,14 +30,6 @@ perf::counters! {
         grants_mapped: Counter [pages],
         /// Granted pages copied by the hypervisor.
         grants_copied: Counter [pages],
-        /// Segments whose page was mapped already.
-        persistent_hits: Counter [segments],
-        /// Segments whose page was not mapped yet.
-        persistent_misses: Counter [segments],
-        /// Pages unmapped to make room or for lack of use.
-        persistent_evictions: Counter [pages],
-        /// Pages mapped now.
-        persistent: Gauge [pages],
         /// Time from taking a read off the ring to its answer.
         latency_read: Histogram [ns],
         /// Time from taking a write off the ring to its answer.

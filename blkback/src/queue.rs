@@ -14,6 +14,7 @@ use blktap::Disk;
 use hypervisor::xenbus::{Fault, Faults};
 use hypervisor::{Access, DomId, Hypervisor, Mapping};
 use perf::Handle;
+use rings::persistent::PoolCounters;
 use rings::{BackRing, Notify, RingCounters, Table};
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -59,6 +60,7 @@ pub(crate) struct Start<'a> {
     pub limits: Limits,
     pub faults: Faults,
     pub ring_counters: Handle<RingCounters>,
+    pub pool_counters: Handle<PoolCounters>,
     pub counters: Handle<QueueCounters>,
 }
 
@@ -110,7 +112,7 @@ impl Queue {
             ring,
             channel,
             disk: start.disk.queue(size as u32)?,
-            memory: Memory::new(start.domid, grants, start.grants, config, counters.clone()),
+            memory: Memory::new(start.domid, grants, start.grants, config, counters.clone(), start.pool_counters),
             slots: Slots::new(size, segments),
             shared: shared.clone(),
             limits: start.limits,

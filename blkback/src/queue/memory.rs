@@ -8,13 +8,15 @@
 // Pieces of mapped pages are named by address for the kernel.
 #![allow(unsafe_code)]
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::time::Duration;
 
 use blktap::IoBuf;
 use hypervisor::{Access, Buffer, CopyOp, Direction, DomId, Grants, Mapping};
 use perf::Handle;
 use rings::PAGE_SIZE;
-use rings::persistent::Pool;
+use rings::persistent::{Inserted, Limits, PersistentPool, Pin, PoolCounters};
 
 use super::slots::{Piece, Place};
 use crate::config::{Config, GrantMode};
@@ -32,7 +34,8 @@ pub(super) struct Memory {
     domid: DomId,
     grants: Box<dyn Grants>,
     mode: GrantMode,
-    pool: Pool<Mapping>,
+    pool: PersistentPool<Mapping>,
+    idle: Duration,
     /// First the tables, then the payload; made when first needed.
     buffer: Option<Buffer>,
     buffer_pages: usize,
@@ -50,16 +53,22 @@ impl Memory {
         mode: GrantMode,
         config: &Config,
         counters: Handle<QueueCounters>,
+        pool_counters: Handle<PoolCounters>,
     ) -> Memory {
         let payload = COPY_PAGES.max(config.max_indirect_segments as usize);
         Memory {
             domid,
             grants,
             mode,
-            pool: Pool::new(
-                config.max_persistent_grants as usize,
-                config.persistent_idle().as_nanos() as u64,
+            pool: PersistentPool::new(
+                Limits {
+                    entries: if mode == GrantMode::Persistent { config.max_persistent_grants } else { 0 },
+                    idle: config.persistent_idle().as_nanos() as u64,
+                    seed: seed(),
+                },
+                pool_counters,
             ),
+            idle: config.persistent_idle(),
             buffer: None,
             buffer_pages: TABLE_PAGES + payload,
             free: (TABLE_PAGES as u32..(TABLE_PAGES + payload) as u32).rev().collect(),
@@ -86,7 +95,7 @@ impl Memory {
         now: u64,
     ) -> Result<(), Short> {
         for at in 0..pieces.len() {
-            match self.place_one(pieces[at].segment.gref, direction, now) {
+            match self.place_one(pieces[at].segment.gref) {
                 Ok(place) => pieces[at].place = place,
                 Err(Short) => {
                     self.drop_ops_of(slot);
@@ -94,64 +103,49 @@ impl Memory {
                     return Err(Short);
                 }
             }
-            if let (Place::Copied(page), Direction::FromGrant) = (pieces[at].place, direction) {
-                self.queue(slot, &pieces[at], page, direction);
+            if let (Place::Copied(page), Direction::FromGrant) = (&pieces[at].place, direction) {
+                self.queue(slot, &pieces[at], *page, direction);
             }
         }
         Ok(())
     }
 
-    fn place_one(&mut self, gref: u32, direction: Direction, now: u64) -> Result<Place, Short> {
+    fn place_one(&mut self, gref: u32) -> Result<Place, Short> {
         if self.mode == GrantMode::Persistent {
             // Pages are mapped for both directions: the frontend uses them again for either.
-            if let Some(entry) = self.pool.lookup(gref, now) {
-                self.counters.persistent_hits.add(1);
-                return Ok(Place::Mapped(entry));
-            }
-            self.counters.persistent_misses.add(1);
-            if let Some(entry) = self.map(gref, now) {
-                return Ok(Place::Mapped(entry));
+            let pin = self.pool.get(gref, rings::grants::Access::ReadWrite);
+            if let Some(pin) = pin.or_else(|| self.map(gref)) {
+                return Ok(Place::Mapped(pin));
             }
         }
-        let _ = direction;
         self.free.pop().map(Place::Copied).ok_or(Short)
     }
 
-    fn map(&mut self, gref: u32, now: u64) -> Option<u32> {
-        if !self.pool.has_room() {
-            let evicted = self.pool.evict()?;
-            self.unmap(evicted);
-        }
+    fn map(&mut self, gref: u32) -> Option<Pin> {
         let mapping = self.grants.map(self.domid, &[gref], Access::ReadWrite).ok()?;
         self.counters.grants_mapped.add(1);
-        let entry = self.pool.insert(gref, mapping, now).ok()?;
-        self.counters.persistent.set(self.pool.len() as u64);
-        Some(entry)
-    }
-
-    fn unmap(&mut self, mapping: Mapping) {
-        self.counters.persistent_evictions.add(1);
-        drop(mapping);
+        match self.pool.insert(gref, rings::grants::Access::ReadWrite, mapping) {
+            // What fell out is unmapped here.
+            Inserted::Kept { pin, out: _ } => Some(pin),
+            Inserted::Refused(_) => None,
+        }
     }
 
     /// Unmaps what was not used for long.
     pub(super) fn expire(&mut self, now: u64) {
-        while let Some(mapping) = self.pool.expire(now) {
-            self.unmap(mapping);
-        }
-        self.counters.persistent.set(self.pool.len() as u64);
+        self.pool.expire(now, drop);
     }
 
-    /// When [`expire`](Self::expire) will next have something to do.
-    pub(super) fn next_expiry(&self) -> Option<u64> {
-        self.pool.next_expiry()
+    /// How long the queue may sleep before [`expire`](Self::expire) must be called again.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        (!self.pool.is_empty()).then_some(self.idle / 2)
     }
 
     /// Queues the copies of a read's segments towards the guest.
     pub(super) fn queue_out(&mut self, slot: u32, pieces: &[Piece]) {
         for piece in pieces {
-            if let Place::Copied(page) = piece.place {
-                self.queue(slot, piece, page, Direction::ToGrant);
+            if let Place::Copied(page) = &piece.place {
+                self.queue(slot, piece, *page, Direction::ToGrant);
             }
         }
     }
@@ -222,10 +216,13 @@ impl Memory {
 
     /// Where a placed segment's bytes are.
     pub(super) fn io_buf(&mut self, piece: &Piece) -> io::Result<IoBuf> {
-        let base = match piece.place {
-            Place::Mapped(entry) => self.pool.handle(entry).base(),
+        let base = match &piece.place {
+            Place::Mapped(pin) => {
+                let mapping = self.pool.handle(pin);
+                mapping.ok_or(io::ErrorKind::InvalidInput)?.base()
+            }
             Place::Copied(page) => {
-                let offset = page as usize * PAGE_SIZE;
+                let offset = *page as usize * PAGE_SIZE;
                 let buffer = self.buffer()?;
                 assert!(offset < buffer.len());
                 // SAFETY: in bounds by the assertion.
@@ -244,7 +241,7 @@ impl Memory {
     pub(super) fn release(&mut self, pieces: &mut [Piece], now: u64) {
         for piece in pieces {
             match std::mem::replace(&mut piece.place, Place::Nowhere) {
-                Place::Mapped(entry) => self.pool.unpin(entry, now),
+                Place::Mapped(pin) => drop(self.pool.unpin(pin, now)),
                 Place::Copied(page) => self.free.push(page),
                 Place::Nowhere => {}
             }
@@ -252,11 +249,12 @@ impl Memory {
     }
 
     /// Unmaps everything. Nothing may be in flight.
-    pub(super) fn clear(&mut self) {
-        while let Some(mapping) = self.pool.evict() {
-            drop(mapping);
-        }
-        self.counters.persistent.set(0);
-        self.buffer = None;
+    pub(super) fn close(self) {
+        self.pool.close(drop);
     }
+}
+
+/// What the guest cannot guess, for the pool's hashing.
+fn seed() -> u64 {
+    RandomState::new().hash_one(0)
 }

@@ -1,5 +1,7 @@
 //! The requests that a queue has taken and not answered yet: one slot each, made once.
 
+use rings::persistent::Pin;
+
 use crate::proto::Segment;
 
 /// What a slot is doing.
@@ -59,19 +61,18 @@ const FREE: Slot = Slot {
 };
 
 /// Where one segment's bytes are while its request runs.
-#[derive(Clone, Copy)]
 pub(super) struct Piece {
     pub segment: Segment,
     pub place: Place,
 }
 
 /// A place for a segment's bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// None yet.
     Nowhere,
-    /// In the guest's own page, by its entry in the persistent pool.
-    Mapped(u32),
+    /// In the guest's own page, pinned in the persistent pool.
+    Mapped(Pin),
     /// In a page of the copy buffer.
     Copied(u32),
 }
@@ -88,11 +89,14 @@ pub(super) struct Slots {
 impl Slots {
     /// `count` slots of up to `per_slot` segments.
     pub(super) fn new(count: usize, per_slot: usize) -> Slots {
-        let nowhere = Piece { segment: Segment { gref: 0, first: 0, last: 0 }, place: Place::Nowhere };
+        let nowhere =
+            || Piece { segment: Segment { gref: 0, first: 0, last: 0 }, place: Place::Nowhere };
         Slots {
             slots: vec![FREE; count],
             tokens: (0..count).map(|_| None).collect(),
-            pieces: vec![nowhere; count * per_slot], per_slot }
+            pieces: std::iter::repeat_with(nowhere).take(count * per_slot).collect(),
+            per_slot,
+        }
     }
 
     pub(super) fn get(&self, slot: u32) -> &Slot {

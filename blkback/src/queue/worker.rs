@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -88,7 +87,9 @@ impl<P: Abi> Worker<P> {
     pub(super) fn run(mut self) -> Result<(), Fault> {
         let result = self.serve();
         let drained = self.drain();
-        self.memory.clear();
+        // The disk's queue goes first: nothing may be in flight when pages are unmapped.
+        drop(self.disk);
+        self.memory.close();
         result.and(drained)
     }
 
@@ -453,8 +454,8 @@ impl<P: Abi> Worker<P> {
         self.counters.sleeps.add(1);
         let before = self.run.clock.elapsed().as_nanos() as u64;
         self.memory.expire(before);
-        let timeout = self.memory.next_expiry().map(|at| Duration::from_nanos(at.saturating_sub(before)));
-        let ready = self.disk.wait(&[self.channel.as_fd().as_fd(), self.shared.wake()], timeout)?;
+        let timeout = self.memory.patience();
+        let ready = self.disk.wait(&[self.channel.as_fd(), self.shared.wake()], timeout)?;
         self.read_clock();
         self.poller.slept(self.run.now - before);
         if ready & 1 != 0 {

@@ -1,0 +1,297 @@
+//! A block device as the xenbus server sees it: negotiates, opens the disk, runs the queues.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blktap::{Disk, Geometry};
+use hypervisor::xenbus::{Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, State};
+use hypervisor::{DomId, Hypervisor};
+use perf::page::{Builder, StatsPage};
+
+use crate::config::{Config, GrantMode, Ordering};
+use crate::negotiate::{Accepted, Offer, keys};
+use crate::proto::Limits;
+use crate::queue::{Queue, Start};
+use crate::vdev;
+
+/// Name of the hotplug script whose nodes are ours.
+pub const SCRIPT: &str = "block-ringback";
+
+/// What a backend's node says about the disk to open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// `params`: FORMAT:TARGET, or a target alone.
+    pub params: String,
+    /// Whether the guest may write.
+    pub access: blktap::Access,
+    /// How to use the page cache.
+    pub cache: blktap::Cache,
+}
+
+/// Opens the disk that a node names. Its error's text reaches the guest's administrator.
+pub type Open = dyn Fn(&Wanted) -> Result<Arc<dyn Disk>, Fault> + Send + Sync;
+
+/// The block backend: gives the xenbus server its devices.
+pub struct BlkBackend {
+    hypervisor: Arc<dyn Hypervisor>,
+    config: Config,
+    run_dir: PathBuf,
+    open: Arc<Open>,
+}
+
+impl BlkBackend {
+    /// `run_dir` is where stats pages go; `open` opens the disk of each node.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        config: Config,
+        run_dir: PathBuf,
+        open: Arc<Open>,
+    ) -> BlkBackend {
+        BlkBackend { hypervisor, config, run_dir, open }
+    }
+}
+
+impl Backend for BlkBackend {
+    fn kind(&self) -> &'static str {
+        "vbd"
+    }
+    fn script(&self) -> &'static str {
+        SCRIPT
+    }
+    fn device(&self, id: &DeviceId) -> Box<dyn Device> {
+        Box::new(BlkDevice {
+            hypervisor: self.hypervisor.clone(),
+            config: self.config.clone(),
+            run_dir: self.run_dir.clone(),
+            open: self.open.clone(),
+            id: id.clone(),
+            serving: None,
+        })
+    }
+}
+
+struct BlkDevice {
+    hypervisor: Arc<dyn Hypervisor>,
+    config: Config,
+    run_dir: PathBuf,
+    open: Arc<Open>,
+    id: DeviceId,
+    serving: Option<Serving>,
+}
+
+/// What exists while a device is connected. Queues go before the disk.
+struct Serving {
+    queues: Vec<Queue>,
+    disk: Arc<dyn Disk>,
+    geometry: Geometry,
+    _stats: Option<StatsPage>,
+}
+
+fn offer(config: &Config) -> Offer {
+    // A barrier of more than 11 segments is a BUG in Linux's blkfront.
+    let indirect = match config.ordering {
+        Ordering::Barrier => 0,
+        Ordering::Flush | Ordering::Both => config.max_indirect_segments,
+    };
+    Offer {
+        flush: config.ordering != Ordering::Barrier,
+        barrier: config.ordering != Ordering::Flush,
+        persistent: config.grants == GrantMode::Persistent,
+        max_indirect_segments: indirect,
+        max_ring_page_order: config.max_ring_page_order,
+        max_queues: config.max_queues,
+    }
+}
+
+impl BlkDevice {
+    /// The device's own knobs over the process's.
+    fn config_of(&self, nodes: &Nodes) -> Result<Config, Fault> {
+        let mut config = self.config.clone();
+        if let Some(options) = nodes.own("options")? {
+            config.set_all(&options).map_err(|e| Fault(format!("options: {e}")))?;
+        }
+        Ok(config)
+    }
+
+    fn wanted(nodes: &Nodes, config: &Config) -> Result<Wanted, Fault> {
+        let params = nodes.own("params")?.filter(|p| !p.is_empty());
+        let params = params.ok_or_else(|| Fault("params: names no disk".into()))?;
+        let writable = nodes.own("mode")?.is_none_or(|mode| mode.starts_with('w'));
+        Ok(Wanted {
+            params,
+            access: if writable { blktap::Access::ReadWrite } else { blktap::Access::ReadOnly },
+            cache: config.cache.into(),
+        })
+    }
+
+    fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
+        let name = nodes.own("dev").ok().flatten().or_else(|| vdev::name(self.id.devid));
+        let device = perf::page::Device {
+            kind: self.id.kind.to_owned(),
+            name: name.unwrap_or_else(|| self.id.devid.to_string()),
+            domid: self.id.domid,
+            devid: self.id.devid.into(),
+        };
+        let path = self
+            .run_dir
+            .join(self.id.domid.to_string())
+            .join(format!("{}-{}.stats", self.id.kind, self.id.devid));
+        let made = Builder::new(device).blocks(3 * queues as u32).bytes(queues * 8192).create(path);
+        made.inspect_err(|e| tracing::warn!("{}: no stats page: {e}", self.id)).ok()
+    }
+
+    fn start(
+        &self,
+        nodes: &Nodes,
+        config: &Config,
+        serving: &mut Serving,
+        limits: Limits,
+        faults: &Faults,
+    ) -> Result<(), Fault> {
+        let accepted = Accepted::read(&offer(config), |key| nodes.front(key).ok().flatten())
+            .map_err(|e| Fault(e.to_string()))?;
+        let stats = self.stats(nodes, accepted.queues.len());
+        let persistent = accepted.persistent && config.grants == GrantMode::Persistent;
+        for (number, queue) in accepted.queues.iter().enumerate() {
+            serving.queues.push(Queue::start(Start {
+                hypervisor: &*self.hypervisor,
+                disk: &*serving.disk,
+                config,
+                name: format!("vbd-{}-{}.{number}", self.id.domid, self.id.devid),
+                number: number as u32,
+                domid: self.id.domid as DomId,
+                protocol: accepted.protocol,
+                keys: queue,
+                grants: if persistent { GrantMode::Persistent } else { GrantMode::Copy },
+                limits: limits.clone(),
+                faults: faults.clone(),
+                ring_counters: block(&stats, &format!("ring-{number}")),
+                pool_counters: block(&stats, &format!("grants-{number}")),
+                counters: block(&stats, &format!("queue-{number}")),
+            })?);
+        }
+        serving._stats = stats;
+        Ok(())
+    }
+
+    /// What the frontend must see when it finds us connected.
+    fn disk_keys(nodes: &Nodes, config: &Config, g: &Geometry) -> Result<Vec<Key>, Fault> {
+        let cdrom = nodes.own("device-type")?.as_deref() == Some("cdrom");
+        let removable = nodes.own("removable")?.as_deref() == Some("1");
+        let discard = nodes.own("discard-enable")?.as_deref() != Some("0") && !g.read_only;
+        Ok(keys::of_disk(&keys::Disk {
+            size: g.size,
+            logical_block: g.logical_block,
+            physical_block: g.physical_block,
+            read_only: g.read_only,
+            cdrom,
+            removable,
+            discard: g.discard.filter(|_| discard),
+            secure_discard: g.secure_discard,
+            offer: offer(config),
+        }))
+    }
+
+    fn limits(config: &Config, g: &Geometry, keys: &[Key]) -> Limits {
+        let has = |name: &str| keys.iter().any(|(key, value)| key == name && value == "1");
+        Limits {
+            sectors: g.size / 512,
+            sectors_per_block: (g.logical_block / 512).max(1),
+            max_segments: offer(config).max_indirect_segments,
+            read_only: g.read_only,
+            flush: has("feature-flush-cache"),
+            barrier: has("feature-barrier"),
+            discard: has("feature-discard"),
+            secure_discard: has("discard-secure"),
+        }
+    }
+
+    /// Looks how large the disk is now and tells the guest if that has changed.
+    fn resize(&mut self, nodes: &Nodes) -> Result<u64, Fault> {
+        let Some(serving) = &mut self.serving else {
+            return Err(Fault("the device is not connected".into()));
+        };
+        let geometry = serving.disk.refresh()?;
+        if geometry.size != serving.geometry.size {
+            serving.queues.iter().for_each(|q| q.resize(geometry.size / 512));
+            serving.geometry = geometry;
+            nodes.write(&[("sectors".to_owned(), (geometry.size / 512).to_string())])?;
+            // Linux's blkfront looks at `sectors` again when it sees us become connected.
+            nodes.set_state(State::Connected)?;
+            tracing::info!("{}: now {} bytes", self.id, geometry.size);
+        }
+        Ok(geometry.size)
+    }
+}
+
+fn block<T: perf::Block>(page: &Option<StatsPage>, name: &str) -> perf::Handle<T> {
+    page.as_ref().map_or_else(perf::Handle::default, |page| page.block(name))
+}
+
+impl Device for BlkDevice {
+    fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
+        Ok(keys::before_choice(&offer(&self.config_of(nodes)?)))
+    }
+
+    fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
+        self.disconnect();
+        let config = self.config_of(nodes)?;
+        let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
+        let geometry = disk.geometry();
+        let keys = Self::disk_keys(nodes, &config, &geometry)?;
+        let limits = Self::limits(&config, &geometry, &keys);
+        let mut serving = Serving { queues: Vec::new(), disk, geometry, _stats: None };
+        self.start(nodes, &config, &mut serving, limits, &faults)?;
+        tracing::info!(
+            "{}: {} with {} queue(s)",
+            self.id,
+            if how == Meeting::Fresh { "connected" } else { "attached" },
+            serving.queues.len()
+        );
+        self.serving = Some(serving);
+        Ok(if how == Meeting::Fresh { keys } else { Vec::new() })
+    }
+
+    fn disconnect(&mut self) {
+        let Some(mut serving) = self.serving.take() else { return };
+        // All are told before the first is waited for.
+        serving.queues.iter().for_each(Queue::stop);
+        serving.queues.clear();
+        tracing::info!("{}: disconnected", self.id);
+    }
+
+    fn release(&mut self) {
+        self.serving = None;
+    }
+
+    fn tick(&mut self, nodes: &Nodes) -> Result<(), Fault> {
+        if let Some(serving) = &self.serving {
+            serving.queues.iter().for_each(Queue::note_cpu);
+        }
+        self.resize(nodes).map(drop)
+    }
+
+    fn control(&mut self, nodes: &Nodes, line: &str) -> String {
+        crate::control::answer(line, |command| match command {
+            crate::control::Command::Resize => self.resize(nodes),
+        })
+    }
+}
+
+/// Opens `FORMAT:TARGET` from a node: raw files and block devices so far.
+pub fn open_target(wanted: &Wanted) -> Result<Arc<dyn Disk>, Fault> {
+    let (format, target) = match wanted.params.split_once(':') {
+        Some((format, target)) if !format.contains('/') => (format, target),
+        _ => ("raw", wanted.params.as_str()),
+    };
+    if format != "raw" {
+        return Err(Fault(format!("{}: format {format} is not supported; use raw", wanted.params)));
+    }
+    let options = blktap::RawOptions {
+        path: Path::new(target).to_owned(),
+        access: wanted.access,
+        cache: wanted.cache,
+        ..Default::default()
+    };
+    blktap::open_raw(&options).map_err(|e| Fault(e.to_string()))
+}
