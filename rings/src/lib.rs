@@ -35,11 +35,15 @@
 extern crate alloc;
 
 mod back;
+pub mod bytes;
 mod counters;
 mod front;
+pub mod grants;
 pub mod index;
+pub mod indirect;
 pub mod inflight;
 pub mod mem;
+pub mod persistent;
 mod protocol;
 
 pub use back::{AttachError, BackRing, Slot, Taken};
