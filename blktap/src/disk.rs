@@ -2,9 +2,22 @@
 // Memory that crosses the seam is named by address; the promises are in the constructors.
 #![allow(unsafe_code)]
 
+mod mem;
+mod null;
+mod raw;
+
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
+
+use crate::engine::EngineCounters;
+pub use mem::MemDisk;
+pub use null::NullDisk;
+pub use raw::{RawDisk, RawQueue};
+
+/// Most pieces of memory in one request, after neighbours were joined; more is EINVAL.
+pub const MAX_SEGMENTS: usize = 512;
 
 /// One piece of memory of a request.
 #[derive(Clone, Copy, Debug)]
@@ -96,7 +109,7 @@ pub struct Geometry {
     pub logical_block: u32,
     /// Unit that the device writes without read-modify-write.
     pub physical_block: u32,
-    /// Required alignment of each buffer's address and length.
+    /// Alignment of each buffer's address and length with which nothing is copied.
     pub memory_align: u32,
     /// Granularity and alignment of discard in bytes; `None` where discard does nothing.
     pub discard: Option<u32>,
@@ -106,29 +119,77 @@ pub struct Geometry {
     pub read_only: bool,
 }
 
-/// A disk. Opened once, shared by all queues.
+/// A disk. Opened once, shared by all queues; they keep what they need of it, so it may be
+/// dropped before them.
 pub trait Disk: Send + Sync {
     /// Present geometry; `size` may grow while the disk is open.
     fn geometry(&self) -> Geometry;
-    /// Looks again how large the disk is (a file may have grown).
+    /// Looks again how large the disk is (a file may have grown). All queues see the new size.
     fn refresh(&self) -> io::Result<Geometry>;
     /// A queue for one thread. `depth` is how many requests it must hold at once.
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
 }
 
-/// One thread's way to a disk. Requests may complete in any order; two requests that overlap and
-/// are in flight together have no defined order. Dropping a queue waits for what is in flight.
+/// One thread's way to a disk.
+///
+/// **Ranges.** `offset` and `len` are multiples of [`Geometry::logical_block`] and lie within
+/// [`Geometry::size`]; for reads and writes the buffers' lengths sum up to `len`, in at most
+/// [`MAX_SEGMENTS`] pieces. What misses that completes with EINVAL and touches nothing; a write
+/// to a read-only disk completes with EROFS; `len` 0 completes with 0. A flush has no range.
+///
+/// **Alignment.** Buffers may lie anywhere. What misses [`Geometry::memory_align`], in address
+/// or length, may be copied once more on its way.
+///
+/// **Concurrent requests** complete in any order. Two that overlap and are in flight together,
+/// on whatever queues, have no defined order, and one may see a part of the other; only a
+/// request submitted after another is *done* comes after it. A write that fails may have
+/// changed any part of its range.
+///
+/// **Flush.** Every write, discard and zeroing that was done (polled as [`Done`], on any queue
+/// of the disk) before the flush was submitted is on stable storage when the flush is done with
+/// 0. Writes in flight are not covered: a barrier is the caller's, who holds back. Once a flush
+/// has failed, all later ones of the disk fail: nobody knows which writes were lost.
+///
+/// **Cancellation** is ignoring the [`Done`]. Dropping a queue carries out what it took and
+/// returns when no buffer is in use any more. It is best dropped by the thread that used it;
+/// elsewhere, what is in flight may be cut short.
+///
+/// **Threads.** A queue may move to another thread until its first `submit_all`, `poll` or
+/// `wait`; from then on other threads may get an error from these.
 pub trait DiskQueue: Send {
     /// Takes a request; it is sent to the kernel by the next `submit_all`, `poll` or `wait`.
-    /// An invalid range or buffer completes with EINVAL.
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full>;
     /// Sends what was taken, in one system call.
     fn submit_all(&mut self) -> io::Result<()>;
-    /// Appends what is done. Makes no system call when nothing was taken since the last one.
+    /// Appends what is done. Makes no system call when nothing was taken since the last one,
+    /// unless the kernel has flagged that completions wait for one.
     fn poll(&mut self, done: &mut Vec<Done>) -> io::Result<()>;
-    /// Sends what was taken and sleeps until a request is done, one of `fds` is readable, or
-    /// `timeout` is over (`None`: no limit). Returns a bit for each readable fd.
+    /// Sends what was taken and sleeps until a request is done, one of `fds` (at most 64) is
+    /// readable, or `timeout` is over (`None`: no limit). Returns a bit for each readable fd.
+    /// May return earlier (a signal). Errors and hang-ups of a descriptor count as readable.
+    ///
+    /// The set is remembered between calls by position and number: the kernel keeps watching,
+    /// and so keeps open, the descriptors of the last call. Before one of them is closed, call
+    /// [`unwatch`](Self::unwatch), or `wait` with a set that has another one in its place.
     fn wait(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64>;
+    /// Lets go of all descriptors of the last `wait`.
+    fn unwatch(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     /// Requests taken and not yet polled as done.
     fn in_flight(&self) -> u32;
+    /// The counters of the engine below, where there is one.
+    fn counters(&self) -> Option<Arc<EngineCounters>> {
+        None
+    }
+}
+
+/// Whether a request's range fits a disk of `size` bytes in blocks of `logical`: EINVAL if not.
+pub fn check_range(r: &Request<'_>, size: u64, logical: u64) -> Result<(), i32> {
+    let end = r.offset.checked_add(r.len).ok_or(libc::EINVAL)?;
+    if end <= size && r.offset.is_multiple_of(logical) && r.len.is_multiple_of(logical) {
+        Ok(())
+    } else {
+        Err(libc::EINVAL)
+    }
 }

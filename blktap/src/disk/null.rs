@@ -1,0 +1,114 @@
+//! A disk that does nothing, to measure all that is not the disk.
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{Disk, DiskQueue, Done, Full, Geometry, Op, Request};
+
+/// Answers every valid request at once and touches no payload: reads leave the buffers as they
+/// are, writes are lost.
+#[derive(Clone, Copy, Debug)]
+pub struct NullDisk {
+    geometry: Geometry,
+}
+
+impl NullDisk {
+    /// A disk of `size` bytes (rounded down to whole blocks of 512).
+    pub fn new(size: u64) -> Arc<Self> {
+        Arc::new(NullDisk {
+            geometry: Geometry {
+                size: size - size % 512,
+                logical_block: 512,
+                physical_block: 4096,
+                memory_align: 1,
+                discard: Some(512),
+                secure_discard: false,
+                read_only: false,
+            },
+        })
+    }
+}
+
+impl Disk for NullDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+    fn refresh(&self) -> io::Result<Geometry> {
+        Ok(self.geometry)
+    }
+    fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>> {
+        let depth = depth.max(1) as usize;
+        let done = Vec::with_capacity(depth);
+        Ok(Box::new(NullQueue { geometry: self.geometry, depth, done }))
+    }
+}
+
+struct NullQueue {
+    geometry: Geometry,
+    depth: usize,
+    done: Vec<Done>,
+}
+
+fn answer(r: &Request<'_>, g: &Geometry) -> i32 {
+    match r.op {
+        Op::Flush => 0,
+        Op::SecureDiscard => libc::EOPNOTSUPP,
+        _ => super::check_range(r, g.size, u64::from(g.logical_block)).err().unwrap_or(0),
+    }
+}
+
+impl DiskQueue for NullQueue {
+    fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
+        if self.done.len() >= self.depth {
+            return Err(Full);
+        }
+        let errno = answer(request, &self.geometry);
+        self.done.push(Done { token: request.token, errno });
+        Ok(())
+    }
+    fn submit_all(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn poll(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
+        done.append(&mut self.done);
+        Ok(())
+    }
+    fn wait(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
+        let ready = !self.done.is_empty();
+        wait_for(fds, if ready { Some(Duration::ZERO) } else { timeout })
+    }
+    fn in_flight(&self) -> u32 {
+        self.done.len() as u32
+    }
+}
+
+/// poll(2) on up to 64 descriptors; a bit for each that is readable, none after a signal.
+pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
+    if fds.is_empty() && timeout.is_none_or(|t| t.is_zero()) {
+        return Ok(0);
+    }
+    if fds.len() > 64 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 64 descriptors"));
+    }
+    let Some(first) = fds.first() else {
+        std::thread::sleep(timeout.unwrap_or_default());
+        return Ok(0);
+    };
+    let limit = timeout.map(|t| Timespec {
+        tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(t.subsec_nanos()),
+    });
+    let mut polls: [PollFd<'_>; 64] = std::array::from_fn(|i| {
+        PollFd::from_borrowed_fd(*fds.get(i).unwrap_or(first), PollFlags::IN)
+    });
+    match poll(&mut polls[..fds.len()], limit.as_ref()) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::INTR) => return Ok(0),
+        Err(e) => return Err(e.into()),
+    }
+    let hit = polls[..fds.len()].iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
+    Ok(hit.fold(0, |bits, (at, _)| bits | 1 << at))
+}

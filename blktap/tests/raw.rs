@@ -1,0 +1,247 @@
+//! Raw files against a model in memory, and what the contract says of single requests.
+#![allow(unsafe_code)]
+mod support;
+
+use std::fs;
+
+use blktap::engine::RingMode;
+use blktap::storage::{Access, BlockSize, Cache, OpenOptions};
+use blktap::{Disk, DiskQueue, MemDisk, NullDisk, Op, RawDisk, Request};
+use proptest::prelude::*;
+use support::{Memory, allocated, finish, folder, image, pattern, perform, request};
+
+const SIZE: u64 = 1 << 20;
+
+#[derive(Clone, Debug)]
+struct Step {
+    op: Op,
+    block: u64,
+    blocks: u64,
+    odd: usize,
+    cuts: Vec<usize>,
+    seed: u64,
+}
+
+fn steps(block: u64) -> impl Strategy<Value = Vec<Step>> {
+    let op = prop_oneof![
+        4 => Just(Op::Read),
+        4 => Just(Op::Write),
+        1 => Just(Op::WriteFua),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Discard),
+        1 => Just(Op::WriteZeroes),
+    ];
+    let odd = prop_oneof![Just(0usize), Just(512), Just(8), Just(3)];
+    let cuts = prop::collection::vec(1usize..9, 0..12);
+    let step = (op, 0..SIZE / block, 1u64..40, odd, cuts, any::<u64>()).prop_map(
+        move |(op, at, blocks, odd, cuts, seed)| {
+            let blocks = blocks.min(SIZE / block - at);
+            Step { op, block: at, blocks, odd, cuts, seed }
+        },
+    );
+    prop::collection::vec(step, 1..30)
+}
+
+/// Piece lengths in 512-byte units that sum up to `len`.
+fn cut(len: usize, cuts: &[usize]) -> Vec<usize> {
+    let (mut lens, mut left) = (Vec::new(), len);
+    for c in cuts {
+        let n = (c * 512).min(left);
+        if n > 0 {
+            lens.push(n);
+            left -= n;
+        }
+    }
+    if left > 0 {
+        lens.push(left);
+    }
+    lens
+}
+
+fn run(queue: &mut dyn DiskQueue, block: u64, steps: &[Step]) {
+    let mut model = vec![0u8; SIZE as usize];
+    for (n, s) in steps.iter().enumerate() {
+        let (offset, len) = (s.block * block, (s.blocks * block) as usize);
+        let range = offset as usize..offset as usize + len;
+        match s.op {
+            Op::Read => {
+                let mut m = Memory::new(len, s.odd);
+                let bufs = m.bufs(&cut(len, &s.cuts));
+                assert_eq!(perform(queue, &request(Op::Read, offset, &bufs, n as u64)), 0);
+                assert!(m.slice() == &model[range], "step {n} {s:?}");
+            }
+            Op::Write | Op::WriteFua => {
+                let data = pattern(s.seed, len);
+                let mut m = Memory::of(&data, s.odd);
+                let bufs = m.bufs(&cut(len, &s.cuts));
+                assert_eq!(perform(queue, &request(s.op, offset, &bufs, n as u64)), 0);
+                model[range].copy_from_slice(&data);
+            }
+            _ => {
+                let r = Request { op: s.op, offset, len: len as u64, bufs: &[], token: n as u64 };
+                assert_eq!(perform(queue, &r), 0, "step {n} {s:?}");
+                // A raw file's discarded range reads as zeroes (the contract allows old data).
+                if s.op != Op::Flush {
+                    model[range].fill(0);
+                }
+            }
+        }
+    }
+    let mut m = Memory::new(SIZE as usize, 0);
+    let whole = [m.buf()];
+    assert_eq!(perform(queue, &request(Op::Read, 0, &whole, 0)), 0);
+    assert!(m.slice() == model, "the whole disk");
+}
+
+fn on_file(cache: Cache, mode: RingMode, block: u32, steps: &[Step]) {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    let options = OpenOptions::new(&path).cache(cache).logical_block(BlockSize::Bytes(block));
+    let disk = RawDisk::open(&options).expect("open");
+    assert_eq!(disk.storage().cache, cache, "direct I/O is not possible in {}", path.display());
+    let mut queue = disk.queue_in_mode(8, mode).expect("queue");
+    run(&mut queue, u64::from(block), steps);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #[test]
+    fn direct_file_is_the_model(s in steps(512)) {
+        on_file(Cache::None, RingMode::Deferred, 512, &s);
+    }
+    #[test]
+    fn direct_file_with_4k_blocks_is_the_model(s in steps(4096)) {
+        on_file(Cache::None, RingMode::Cooperative, 4096, &s);
+    }
+    #[test]
+    fn cached_file_is_the_model(s in steps(512)) {
+        on_file(Cache::Writeback, RingMode::Plain, 512, &s);
+    }
+    #[test]
+    fn memory_disk_is_the_model(s in steps(512)) {
+        let disk = MemDisk::new(SIZE as usize);
+        run(&mut *disk.queue(4).expect("queue"), 512, &s);
+    }
+}
+
+#[test]
+fn discarded_space_goes_back_to_the_file_system() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    fs::write(&path, pattern(1, SIZE as usize)).expect("fill");
+    fs::File::open(&path).and_then(|f| f.sync_all()).expect("sync");
+    let full = allocated(&path);
+    let disk = RawDisk::open(&OpenOptions::new(&path)).expect("open");
+    let mut queue = disk.queue(4).expect("queue");
+    let half = Request { op: Op::Discard, offset: 0, len: SIZE / 2, bufs: &[], token: 1 };
+    assert_eq!(perform(&mut *queue, &half), 0);
+    assert!(allocated(&path) <= full / 2 + 16, "{} of {full}", allocated(&path));
+    assert_eq!(fs::metadata(&path).expect("stat").len(), SIZE);
+}
+
+#[test]
+fn a_request_outside_the_contract_is_einval_and_touches_nothing() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", 4096);
+    for disk in [
+        RawDisk::open(&OpenOptions::new(&path)).expect("open") as std::sync::Arc<dyn Disk>,
+        MemDisk::new(4096),
+    ] {
+        let mut queue = disk.queue(2).expect("queue");
+        let mut m = Memory::of(&[7; 8192], 0);
+        let buf = m.bufs(&[512]);
+        let r = |op, offset, len| Request { op, offset, len, bufs: &buf, token: 9 };
+        for bad in [
+            r(Op::Write, 1, 512),
+            r(Op::Write, 0, 511),
+            r(Op::Write, 0, 1024),
+            r(Op::Write, 4096, 512),
+            r(Op::Write, u64::MAX - 511, 512),
+            r(Op::Discard, 3584, 1024),
+            r(Op::WriteZeroes, 512, u64::MAX - 511),
+        ] {
+            assert_eq!(perform(&mut *queue, &bad), libc::EINVAL, "{bad:?}");
+        }
+        let mut out = Memory::of(&[1; 4096], 0);
+        let all = [out.buf()];
+        assert_eq!(perform(&mut *queue, &request(Op::Read, 0, &all, 1)), 0);
+        assert_eq!(out.slice(), [0; 4096]);
+    }
+}
+
+#[test]
+fn too_many_separate_pieces_are_einval_and_joined_ones_are_not() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    let disk = RawDisk::open(&OpenOptions::new(&path)).expect("open");
+    let mut queue = disk.queue(2).expect("queue");
+    let mut m = Memory::new(SIZE as usize, 0);
+    let pieces = m.bufs(&[512; 2048]);
+    assert_eq!(perform(&mut *queue, &request(Op::Read, 0, &pieces, 1)), 0);
+    assert!(queue.counters().expect("counters").merged.get() >= 2047);
+    let apart: Vec<_> = pieces.iter().step_by(2).copied().collect();
+    assert_eq!(perform(&mut *queue, &request(Op::Read, 0, &apart, 2)), libc::EINVAL);
+    let most = &apart[..blktap::MAX_SEGMENTS];
+    assert_eq!(perform(&mut *queue, &request(Op::Read, 0, most, 3)), 0);
+}
+
+#[test]
+fn a_full_queue_says_so_and_loses_nothing() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    let raw = RawDisk::open(&OpenOptions::new(&path)).expect("open");
+    let disks: [std::sync::Arc<dyn Disk>; 3] = [raw, NullDisk::new(SIZE), MemDisk::new(4096)];
+    for disk in disks {
+        let mut queue = disk.queue(3).expect("queue");
+        let mut m = Memory::new(512, 0);
+        let buf = [m.buf()];
+        for token in 0..3 {
+            assert_eq!(queue.submit(&request(Op::Read, 0, &buf, token)), Ok(()));
+        }
+        assert_eq!(queue.submit(&request(Op::Read, 0, &buf, 3)), Err(blktap::Full));
+        assert_eq!(queue.in_flight(), 3);
+        let mut tokens: Vec<_> = finish(&mut *queue, 3).iter().map(|d| d.token).collect();
+        tokens.sort_unstable();
+        assert_eq!((tokens, queue.in_flight()), (vec![0, 1, 2], 0));
+    }
+}
+
+#[test]
+fn read_only_refuses_every_change() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    let disk = RawDisk::open(&OpenOptions::new(&path).access(Access::ReadOnly)).expect("open");
+    assert!(disk.geometry().read_only);
+    let mut queue = disk.queue(2).expect("queue");
+    let mut m = Memory::new(512, 0);
+    let buf = [m.buf()];
+    for op in [Op::Write, Op::WriteFua] {
+        assert_eq!(perform(&mut *queue, &request(op, 0, &buf, 1)), libc::EROFS);
+    }
+    for op in [Op::Discard, Op::WriteZeroes, Op::SecureDiscard] {
+        let r = Request { op, offset: 0, len: 512, bufs: &[], token: 1 };
+        assert_eq!(perform(&mut *queue, &r), libc::EROFS);
+    }
+    assert_eq!(perform(&mut *queue, &request(Op::Read, 0, &buf, 1)), 0);
+}
+
+#[test]
+fn a_grown_file_is_noticed_by_refresh_and_a_shrunk_one_is_eio() {
+    let dir = folder();
+    let path = image(&dir, "a.raw", SIZE);
+    for cache in [Cache::None, Cache::Writeback] {
+        let disk = RawDisk::open(&OpenOptions::new(&path).cache(cache)).expect("open");
+        let mut queue = disk.queue(2).expect("queue");
+        let mut m = Memory::new(4096, 0);
+        let buf = [m.buf()];
+        let file = fs::OpenOptions::new().write(true).open(&path).expect("open");
+        file.set_len(2 * SIZE + 100).expect("grow");
+        assert_eq!(perform(&mut *queue, &request(Op::Read, SIZE, &buf, 1)), libc::EINVAL);
+        assert_eq!(disk.refresh().expect("refresh").size, 2 * SIZE, "whole blocks only");
+        assert_eq!(perform(&mut *queue, &request(Op::Read, SIZE, &buf, 1)), 0);
+        file.set_len(SIZE + 1000).expect("shrink");
+        assert_eq!(perform(&mut *queue, &request(Op::Read, SIZE, &buf, 1)), libc::EIO);
+        assert_eq!(perform(&mut *queue, &request(Op::Read, SIZE + 8192, &buf, 1)), libc::EIO);
+        file.set_len(SIZE).expect("as before");
+    }
+}
