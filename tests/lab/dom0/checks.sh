@@ -82,3 +82,54 @@ counters_agree() {
   above "persistent hits above misses" "$(stat_sum "$1" "$2" persistent_misses)" "$(stat_sum "$1" "$2" persistent_hits)"
   above "indirect requests" 0 "$(stat_sum "$1" "$2" indirect)"
 }
+
+# save_restore TYPE: a guest writes to a mounted file system, is saved and restored, and goes on writing
+save_restore() {
+  img=$(image disk 64)
+  TYPE=$1 VCPUS=2 MEM=320 CMDLINE= DISK1=$(disk xvda "raw:$img")
+  guest_start g
+  gm g "mkfs.ext4 -q -F /dev/xvda && mount -t ext4 /dev/xvda /mnt && sh /lab/writer.sh start /mnt"
+  old=$(xl domid g)
+  step "save"
+  must xl save g /scratch/g.save
+  within "domain $old is gone" 1000 domain_gone "$old"
+  step "restore"
+  must xl restore /scratch/g.save
+  guest_tty g
+  within "the guest answers" 10000 g g true
+  gm g "sleep 1; sh /lab/writer.sh stop /mnt"
+  gm g "umount /mnt && e2fsck -fn /dev/xvda"
+  same_bytes g xvda "$img"
+  guest_never_waited g
+  guest_stop g
+}
+
+# leak_control KIND: with RINGBACK_TEST_LEAK=KIND a disk that is detached leaves one of the kind, and leaks_after says so
+leak_control() {
+  cp $CTL/*.before /tmp/
+  backend_stop
+  RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
+  img=$(image disk 32)
+  second=$(image second 32)
+  CMDLINE= DISK1=$(disk xvda "raw:$img")
+  guest_start g
+  leaks_before
+  must xl block-attach g "$(disk xvdb "raw:$second")"
+  within "xvdb in the guest" 5000 g g "test -b /dev/xvdb"
+  gm g "dd if=/dev/zero of=/dev/xvdb bs=64k count=16 oflag=direct 2>/dev/null"
+  must xl block-detach g xvdb
+  leaks_after 1500 && fail "a leaked $1 was not found"
+  case $1 in
+    grant) sign='^active grants: ' ;;
+    port) sign='^port: ' ;;
+    node) sign='^store node: ' ;;
+  esac
+  grep -q "$sign" $CTL/leaks || fail "the leak was not named as a $1: $(head -n 1 $CTL/leaks)"
+  echo "ok: found: $(grep "$sign" $CTL/leaks | head -n 1)"
+  guests_cleanup
+  backend_restart || fail "the daemon does not start"
+  cp /tmp/*.before $CTL/
+  leaks_daemon_restarted
+  for n in $(grep '^store node: ' $CTL/leaks | sed 's/^store node: //'); do xenstore-rm "$n" 2> /dev/null; done
+  true
+}

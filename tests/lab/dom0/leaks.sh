@@ -14,20 +14,15 @@ grant_report() {
   xl debug-keys g
   xl dmesg | tr -d '\r' > $CTL/grants.txt
 }
-# active_grants DOMID: the active entries of that domain (a PV guest's console and store pages are granted but not active)
-active_grants() {
-  grant_report
-  awk -v d="$1" '
-    /grant-table for remote d/ || /grant-table for remote domain/ {
-      match($0, /d(omain)? ?[0-9]+/); s = substr($0, RSTART, RLENGTH); gsub(/[^0-9]/, "", s); on = (s == d) }
-    on && /^\(XEN\) \[0x?[0-9a-f]+\]/ { n++ }
-    END { print n + 0 }' $CTL/grants.txt
-}
-# Domains other than dom0 that Xen's grant tables know at all
+# One line a domain other than dom0: its id and its active grants
 granting_domains() {
   grant_report
-  sed -nE 's/.*grant-table for remote d(omain)? ?([0-9]+).*/\2/p' $CTL/grants.txt | grep -vx 0 | tr '\n' ' '
+  tr -d '\r' < $CTL/grants.txt | awk '
+    /grant-table for remote d/ { if (id != "") print id, n; match($0, /d[0-9]+/); id = substr($0, RSTART + 1, RLENGTH - 1); n = 0 }
+    /^\(XEN\) *\[ *(0x)?[0-9a-f]+\] / { n++ }
+    END { if (id != "") print id, n }' | grep -v '^0 '
 }
+domains() { xl list | awk 'NR > 1 && $2 != 0 { print $1, $2 }'; }
 # One line a process of ours: what it is, threads, descriptors, gntdev mappings
 processes() {
   for p in $(pidof ringback); do
@@ -37,7 +32,11 @@ processes() {
   done | sort
 }
 
+# leaks_before: what leaks_after compares with. Called with no guest, or with one that goes on (then the comparison is of
+# what one of its disks left behind).
 leaks_before() {
+  domains > $CTL/domains.before
+  granting_domains > $CTL/granting.before
   ports > $CTL/ports.before
   store_paths > $CTL/store.before
   processes > $CTL/processes.before
@@ -45,16 +44,24 @@ leaks_before() {
 # A scenario that restarted the daemon says so: the new process is the one to compare with
 leaks_daemon_restarted() { processes > $CTL/processes.before; }
 
+# new_lines WHAT KIND: lines that are there now and were not before
+new_lines() {
+  diff $CTL/$2.before $CTL/$2.after | sed -n "s/^+\([^+].*\)/$1: \1/p" >> $CTL/leaks
+}
 leaks_look() {
   : > $CTL/leaks
-  xl list | awk 'NR > 1 && $2 != 0 { print "zombie or running domain: " $0 }' >> $CTL/leaks
-  for d in $(granting_domains); do echo "grant table of domain $d with $(active_grants "$d") active" >> $CTL/leaks; done
+  domains > $CTL/domains.after
+  new_lines "domain or zombie" domains
+  granting_domains > $CTL/granting.after
+  # more active grants than before; fewer is no leak (a frontend's own pool shrinks)
+  awk 'NR == FNR { had[$1] = $2; next } !($1 in had) || $2 > had[$1] { print "active grants: domain " $1 " has " $2 ", before " had[$1] + 0 }' \
+    $CTL/granting.before $CTL/granting.after >> $CTL/leaks
   ports > $CTL/ports.after
-  diff $CTL/ports.before $CTL/ports.after | sed -n 's/^[+-] *\([^+-].*\)/port: \1/p' >> $CTL/leaks
+  new_lines port ports
   store_paths > $CTL/store.after
-  diff $CTL/store.before $CTL/store.after | sed -n 's/^\([+-]\)\(\/.*\)/store node: \1\2/p' >> $CTL/leaks
+  new_lines "store node" store
   processes > $CTL/processes.after
-  diff $CTL/processes.before $CTL/processes.after | sed -n 's/^\([+-]\)\([0-9].*\)/process: \1\2/p' >> $CTL/leaks
+  new_lines process processes
   [ ! -s $CTL/leaks ]
 }
 # leaks_after [MS]: what is still there after that time (3 s) is a leak

@@ -4,7 +4,7 @@
 CTL=/run/lab
 BACKEND_VBD=/local/domain/0/backend/vbd
 
-step() { echo "--- $(cut -d' ' -f1 /proc/uptime) $*"; }
+step() { echo "--- $(cut -d" " -f1 /proc/uptime) $*"; echo "LAB step ${SCENARIO:-} $*" > /dev/console; }
 fail() { echo "FAIL: $*"; echo "$*" > $CTL/failed; exit 1; }
 must() { "$@" || fail "status $? of: $*"; }
 # same WHAT WANTED GOT
@@ -35,10 +35,12 @@ sha() { sha256sum "$1" | cut -d' ' -f1; }
 # --- guests
 
 # guest_start NAME: boots a guest and waits until it takes commands. Variables:
-#   TYPE=pv|pvh  VCPUS=1  MEM=256  TOOLS=base|fio  CMDLINE=...  DISK1.. DISK4 (lines as printed by `disk`)
+#   TYPE=pv|pvh  VCPUS=1  MEM=448  TOOLS=base|fio  CMDLINE=...  DISK1.. DISK4 (lines as printed by `disk`)
+# blkfront allocates all the pages that its rings can name beforehand: with 16-page rings and 32 segments 64 MiB a queue, and
+# with 256 segments 512 MiB, or it is out of memory.
 guest_config() {
-  ramdisk=domu.cpio; mem=${MEM:-256}
-  if [ "${TOOLS:-base}" = fio ]; then ramdisk=domu-fio.cpio; mem=${MEM:-512}; fi
+  ramdisk=domu.cpio; mem=${MEM:-448}
+  if [ "${TOOLS:-base}" = fio ]; then ramdisk=domu-fio.cpio; mem=${MEM:-640}; fi
   disks=
   for d in "${DISK1:-}" "${DISK2:-}" "${DISK3:-}" "${DISK4:-}"; do
     [ -z "$d" ] || disks="$disks \"$d\","
@@ -116,22 +118,29 @@ gm() {
   echo "[$1]# $2"
   g "$@" || fail "in guest $1: status $? of: $2"
 }
-domain_gone() { ! xl domid "$1" > /dev/null 2>&1 && [ "$(xl list | grep -c '(null)')" = 0 ]; }
-# guest_stop NAME: a clean power-off from inside
+domain_gone() { no_node "/local/domain/$1"; }
+# guest_stop NAME: a clean power-off from inside; from the command to the domain's end, with its disks closed, within 1 s
 guest_stop() {
   step "power off $1"
-  g_send "$1" "sync; poweroff -f"
-  within "$1 is off" 15000 domain_gone "$1"
+  id=$(xl domid "$1")
+  g "$1" "sync" > /dev/null
+  g_send "$1" "poweroff -f"
+  within "$1 is off" "${OFF_MS:-1000}" domain_gone "$id"
+  guest_never_waited "$1"
+}
+guest_never_waited() {
   ! grep -q 'timeout closing device' $CTL/guest-$1.log || fail "the guest $1 waited for its backend"
 }
 guest_destroy() {
   step "destroy $1"
   t0=$(ms)
+  id=$(xl domid "$1")
   xl destroy "$1" 2>&1 | tee $CTL/destroy.out
   t1=$(($(ms) - t0))
   ! grep -qi error $CTL/destroy.out || fail "xl destroy complained: $(grep -i error $CTL/destroy.out | head -n 1)"
   [ $t1 -le 2000 ] || fail "xl destroy took $t1 ms"
   echo "ok: xl destroy after $t1 ms (limit 2000)"
+  within "domain $id is gone" 1000 domain_gone "$id"
 }
 guests_cleanup() { # after a scenario: whatever still runs
   for d in $(xl list | awk 'NR > 1 && $2 != 0 { print $2 }'); do
