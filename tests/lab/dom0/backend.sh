@@ -1,0 +1,51 @@
+# The backend under test: ringback's daemon, or (BACKEND=kernel) xen-blkback, which shows that a scenario itself works.
+
+backend_install() {
+  mkdir -p /etc/xen/scripts /var/log/xen
+  case $BACKEND in
+    kernel)
+      cp /lab/block-kernel /etc/xen/scripts/block-ringback
+      modprobe xen-blkback
+      ;;
+    ringback)
+      cp /lab/block-ringback /etc/xen/scripts/block-ringback
+      ln -sf /lab/bin/ringback /usr/sbin/ringback
+      ringback version || { echo "LAB FAIL ringback does not run"; return 1; }
+      ;;
+  esac
+  chmod 755 /etc/xen/scripts/block-ringback
+}
+# backend_start [ARGUMENT...]: arguments of `ringback daemon`. Environment for the daemon: RINGBACK_TEST_LEAK and friends.
+backend_start() {
+  [ "$BACKEND" = ringback ] || return 0
+  RINGBACK_LOG=${RINGBACK_LOG:-info} setsid ringback daemon "$@" >> $CTL/daemon.log 2>&1 < /dev/null &
+  echo $! > $CTL/daemon.pid
+  usleep 300000
+  kill -0 "$(cat $CTL/daemon.pid)" 2> /dev/null
+}
+backend_stop() {
+  [ "$BACKEND" = ringback ] || return 0
+  p=$(cat $CTL/daemon.pid)
+  kill "$p" 2> /dev/null
+  i=0
+  while kill -0 "$p" 2> /dev/null; do
+    i=$((i + 1))
+    [ $i -le 60 ] || { echo "the daemon does not end at SIGTERM"; kill -9 "$p"; return 1; }
+    usleep 50000
+  done
+}
+backend_restart() { # [ARGUMENT...]: also after a scenario that failed
+  [ "$BACKEND" = ringback ] || return 0
+  backend_stop
+  killall -9 ringback 2> /dev/null
+  backend_start "$@"
+}
+# backend_pids [DOMID]: the backend processes, or those that serve a guest
+backend_pids() {
+  for p in $(pidof ringback); do
+    c=$(tr '\0' ' ' < "/proc/$p/cmdline" 2> /dev/null)
+    case "$c" in
+      *" backend blk "*"--domid ${1:-}"*) echo "$p" ;;
+    esac
+  done
+}

@@ -1,0 +1,4 @@
+# what: negative control: a backend that leaks a grant on purpose is found
+# needs: ringback
+# timeout: 120
+leak_control grant
