@@ -1,8 +1,10 @@
 //! A block device as the xenbus server sees it: negotiates, opens the disk, runs the queues.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use blktap::disk::RawDisk;
+use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry};
 use hypervisor::xenbus::{Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, State};
 use hypervisor::{DomId, Hypervisor};
@@ -23,9 +25,9 @@ pub struct Wanted {
     /// `params`: FORMAT:TARGET, or a target alone.
     pub params: String,
     /// Whether the guest may write.
-    pub access: blktap::Access,
+    pub access: Access,
     /// How to use the page cache.
-    pub cache: blktap::Cache,
+    pub cache: Cache,
 }
 
 /// Opens the disk that a node names. Its error's text reaches the guest's administrator.
@@ -119,8 +121,8 @@ impl BlkDevice {
         let writable = nodes.own("mode")?.is_none_or(|mode| mode.starts_with('w'));
         Ok(Wanted {
             params,
-            access: if writable { blktap::Access::ReadWrite } else { blktap::Access::ReadOnly },
-            cache: config.cache.into(),
+            access: if writable { Access::ReadWrite } else { Access::ReadOnly },
+            cache: config.cache,
         })
     }
 
@@ -287,11 +289,7 @@ pub fn open_target(wanted: &Wanted) -> Result<Arc<dyn Disk>, Fault> {
     if format != "raw" {
         return Err(Fault(format!("{}: format {format} is not supported; use raw", wanted.params)));
     }
-    let options = blktap::RawOptions {
-        path: Path::new(target).to_owned(),
-        access: wanted.access,
-        cache: wanted.cache,
-        ..Default::default()
-    };
-    blktap::open_raw(&options).map_err(|e| Fault(e.to_string()))
+    let options = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
+    let disk = RawDisk::open(&options).map_err(|e| Fault(e.to_string()))?;
+    Ok(disk)
 }

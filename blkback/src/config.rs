@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use blktap::storage::Cache;
+
 /// How a payload gets between the guest's pages and the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GrantMode {
@@ -21,17 +23,6 @@ pub enum Ordering {
     Barrier,
     /// Both, as Linux's blkback; a frontend that knows flush uses that.
     Both,
-}
-
-/// How the page cache of the host is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cache {
-    /// O_DIRECT.
-    None,
-    /// Through the page cache; a flush is an fdatasync.
-    Writeback,
-    /// Through the page cache; a flush does nothing. For throw-away disks.
-    Unsafe,
 }
 
 /// How a block backend serves its devices.

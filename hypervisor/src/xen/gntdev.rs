@@ -1,0 +1,143 @@
+//! /dev/xen/gntdev: mapping and copying what other domains granted.
+// Mapped pages and the kernel's copy segments are named by address.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+
+use rings::PAGE_SIZE;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::ioctl::{self, CopyPtr, CopySegment, Foreign, GrantRefOf, IndexCount, MapHead};
+use crate::{Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping};
+
+/// One descriptor of gntdev. Its list of mappings is searched under one lock in the kernel, so
+/// each queue has its own.
+pub(super) struct Gntdev {
+    device: Arc<File>,
+    /// Room for the kernel's form of a batch of copies, used again and again.
+    segments: RefCell<Vec<CopySegment>>,
+}
+
+// SAFETY: the segments hold addresses only while a copy runs.
+unsafe impl Send for Gntdev {}
+
+impl Gntdev {
+    pub(super) fn new(device: File) -> Gntdev {
+        Gntdev { device: Arc::new(device), segments: RefCell::default() }
+    }
+}
+
+/// Asks for a range of the device's offsets that stands for the references.
+fn reserve(device: &File, domid: DomId, refs: &[GrantRef]) -> io::Result<u64> {
+    // The structure's variable tail makes it a run of words: a head of two, then one a reference.
+    let mut words = vec![0u64; 2 + refs.len()];
+    let head: *mut MapHead = words.as_mut_ptr().cast();
+    // SAFETY: the vector is aligned to 8 and has room for the head and `refs.len()` references.
+    unsafe {
+        head.write(MapHead { count: refs.len() as u32, pad: 0, index: 0 });
+        let tail: *mut GrantRefOf = head.add(1).cast();
+        for (i, gref) in refs.iter().enumerate() {
+            tail.add(i).write(GrantRefOf { domid: domid.into(), gref: *gref });
+        }
+        ioctl::call(device, ioctl::GNTDEV_MAP, head)?;
+        Ok((*head).index)
+    }
+}
+
+fn release(device: &File, index: u64, count: usize) -> io::Result<()> {
+    ioctl::gntdev_unmap(device, IndexCount { index, count: count as u32, pad: 0 }).map(drop)
+}
+
+impl Grants for Gntdev {
+    fn map(&self, domid: DomId, refs: &[GrantRef], access: Access) -> io::Result<Mapping> {
+        if refs.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let (count, bytes) = (refs.len(), refs.len() * PAGE_SIZE);
+        let index = reserve(&self.device, domid, refs)?;
+        let protection = match access {
+            Access::ReadOnly => ProtFlags::READ,
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        // SAFETY: a new mapping at an address of the kernel's choice. The hypervisor checks the
+        // references now; if it refuses one, nothing is mapped.
+        let base = unsafe {
+            mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, &self.device, index)
+        };
+        let base = match base {
+            Ok(base) => base,
+            Err(e) => {
+                release(&self.device, index, count)?;
+                return Err(e.into());
+            }
+        };
+        let (device, address) = (self.device.clone(), base as usize);
+        let unmap = move || {
+            // SAFETY: the mapping made above; whoever calls this gives up its last use.
+            unsafe { munmap(address as *mut _, bytes)? };
+            release(&device, index, count)
+        };
+        // SAFETY: just mapped, for `access`, and unmapped by nobody else.
+        Ok(unsafe { Mapping::new(base.cast(), count, access, Box::new(unmap)) })
+    }
+
+    fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()> {
+        let mut segments = self.segments.borrow_mut();
+        segments.clear();
+        for op in ops.iter() {
+            segments.push(segment(domid, buffer, op)?);
+        }
+        let mut copy =
+            ioctl::Copy { count: segments.len() as u32, segments: segments.as_mut_ptr() };
+        // SAFETY: `segments` has `count` entries, and each names memory of the buffer.
+        unsafe { ioctl::call(&*self.device, ioctl::GNTDEV_COPY, &raw mut copy)? };
+        for (op, segment) in ops.iter_mut().zip(segments.iter()) {
+            op.status = segment.status;
+        }
+        Ok(())
+    }
+
+    fn buffer(&self, len: usize) -> io::Result<Buffer> {
+        let len = len.next_multiple_of(PAGE_SIZE);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), len, protection, MapFlags::PRIVATE)? };
+        let owner = Anonymous { base: base as usize, len };
+        // SAFETY: the mapping made above, unmapped by its owner alone.
+        Ok(unsafe { Buffer::new(base.cast(), len, 0, Box::new(owner)) })
+    }
+}
+
+fn segment(domid: DomId, buffer: &Buffer, op: &CopyOp) -> io::Result<CopySegment> {
+    let len = usize::from(op.len);
+    let fits = op.at.checked_add(len).is_some_and(|end| end <= buffer.len());
+    if !fits || usize::from(op.offset) + len > PAGE_SIZE {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let foreign = CopyPtr { foreign: Foreign { gref: op.gref, offset: op.offset, domid } };
+    // SAFETY: within the buffer, as was just checked.
+    let local = CopyPtr { virt: unsafe { buffer.base().add(op.at) } };
+    let (source, dest, flags) = match op.direction {
+        Direction::FromGrant => (foreign, local, ioctl::COPY_SOURCE_GREF),
+        Direction::ToGrant => (local, foreign, ioctl::COPY_DEST_GREF),
+    };
+    Ok(CopySegment { source, dest, len: op.len, flags, status: 0 })
+}
+
+struct Anonymous {
+    base: usize,
+    len: usize,
+}
+
+impl Drop for Anonymous {
+    fn drop(&mut self) {
+        // SAFETY: the owner of the mapping, and the last use of it.
+        if let Err(e) = unsafe { munmap(self.base as *mut _, self.len) } {
+            tracing::error!("cannot unmap a copy buffer: {e}");
+        }
+    }
+}
