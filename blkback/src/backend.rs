@@ -11,10 +11,10 @@ use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
 
 use crate::config::{Config, GrantMode, Ordering};
-use crate::negotiate::{Accepted, Offer, keys};
-use crate::proto::Limits;
+use crate::negotiate::{Accepted, DiskKeys, Offer};
+use crate::proto::vdev::Vdev;
+use crate::proto::{Features, Limits, Mode};
 use crate::queue::{Queue, Start};
-use crate::vdev;
 
 /// Name of the hotplug script whose nodes are ours.
 pub const SCRIPT: &str = "block-ringback";
@@ -127,7 +127,7 @@ impl BlkDevice {
     }
 
     fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
-        let name = nodes.own("dev").ok().flatten().or_else(|| vdev::name(self.id.devid));
+        let name = nodes.own("dev").ok().flatten().or_else(|| Vdev(self.id.devid).name());
         let device = perf::page::Device {
             kind: self.id.kind.to_owned(),
             name: name.unwrap_or_else(|| self.id.devid.to_string()),
@@ -165,7 +165,7 @@ impl BlkDevice {
                 protocol: accepted.protocol,
                 keys: queue,
                 grants: if persistent { GrantMode::Persistent } else { GrantMode::Copy },
-                limits: limits.clone(),
+                limits,
                 faults: faults.clone(),
                 ring_counters: block(&stats, &format!("ring-{number}")),
                 pool_counters: block(&stats, &format!("grants-{number}")),
@@ -181,7 +181,7 @@ impl BlkDevice {
         let cdrom = nodes.own("device-type")?.as_deref() == Some("cdrom");
         let removable = nodes.own("removable")?.as_deref() == Some("1");
         let discard = nodes.own("discard-enable")?.as_deref() != Some("0") && !g.read_only;
-        Ok(keys::of_disk(&keys::Disk {
+        Ok(offer(config).disk_keys(&DiskKeys {
             size: g.size,
             logical_block: g.logical_block,
             physical_block: g.physical_block,
@@ -190,7 +190,6 @@ impl BlkDevice {
             removable,
             discard: g.discard.filter(|_| discard),
             secure_discard: g.secure_discard,
-            offer: offer(config),
         }))
     }
 
@@ -198,13 +197,15 @@ impl BlkDevice {
         let has = |name: &str| keys.iter().any(|(key, value)| key == name && value == "1");
         Limits {
             sectors: g.size / 512,
-            sectors_per_block: (g.logical_block / 512).max(1),
-            max_segments: offer(config).max_indirect_segments,
-            read_only: g.read_only,
-            flush: has("feature-flush-cache"),
-            barrier: has("feature-barrier"),
-            discard: has("feature-discard"),
-            secure_discard: has("discard-secure"),
+            block_size: g.logical_block,
+            mode: if g.read_only { Mode::ReadOnly } else { Mode::ReadWrite },
+            max_indirect_segments: offer(config).max_indirect_segments as u16,
+            features: Features {
+                flush: has("feature-flush-cache"),
+                barrier: has("feature-barrier"),
+                discard: has("feature-discard"),
+                secure_discard: has("discard-secure"),
+            },
         }
     }
 
@@ -232,7 +233,7 @@ fn block<T: perf::Block>(page: &Option<StatsPage>, name: &str) -> perf::Handle<T
 
 impl Device for BlkDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
-        Ok(keys::before_choice(&offer(&self.config_of(nodes)?)))
+        Ok(offer(&self.config_of(nodes)?).early_keys())
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blktap::Disk;
 use hypervisor::xenbus::{Fault, Faults};
-use hypervisor::{Access, DomId, Hypervisor, Mapping};
+use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use perf::Handle;
 use rings::persistent::PoolCounters;
 use rings::{BackRing, Notify, RingCounters, Table};
@@ -20,8 +20,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, GrantMode};
 use crate::counters::QueueCounters;
-use crate::negotiate::QueueKeys;
-use crate::proto::{Abi, Limits, Native, Protocol, X86_32};
+use crate::negotiate::{Protocol, QueueKeys};
+use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
 use memory::Memory;
 use poll::Poller;
 use slots::Slots;
@@ -76,23 +76,26 @@ impl Queue {
     /// Maps the ring, binds the port and starts the thread.
     pub(crate) fn start(start: Start<'_>) -> Result<Queue, Fault> {
         match start.protocol {
+            Protocol::X86_64 => Self::start_as::<X86_64>(start),
             Protocol::Native => Self::start_as::<Native>(start),
             Protocol::X86_32 => Self::start_as::<X86_32>(start),
         }
     }
 
-    fn start_as<P: Abi>(start: Start<'_>) -> Result<Queue, Fault> {
+    fn start_as<A: Abi>(start: Start<'_>) -> Result<Queue, Fault> {
         let Start { config, name, counters, .. } = start;
         let grants = start.hypervisor.grants()?;
         let refs = &start.keys.ring_refs;
         let mapping = grants
             .map(start.domid, refs, Access::ReadWrite)
-            .map_err(|e| Fault(format!("{name}: mapping ring-ref {refs:?}: {e}")))?;
+            .map_err(|e| Fault(format!("{name}: mapping ring-ref {refs:?}: {e}")))?
+            .into_shared()
+            .ok_or_else(|| Fault(format!("{name}: ring-ref {refs:?} is read-only")))?;
         let channel = start.hypervisor.bind(start.domid, start.keys.port).map_err(|e| {
             Fault(format!("{name}: binding event-channel {}: {e}", start.keys.port))
         })?;
-        let size = rings::slot_count::<P>(refs.len()) as usize;
-        let (ring, notify) = BackRing::<P, Mapping, Table<P::Req>>::attach(
+        let size = rings::slot_count::<Ring<A>>(refs.len()) as usize;
+        let (ring, notify) = BackRing::<Ring<A>, SharedMapping, Table<A::Req>>::attach(
             mapping,
             Table::on_heap(size as u32),
             start.ring_counters,
@@ -101,7 +104,7 @@ impl Queue {
         if notify == Notify::Send {
             channel.notify()?;
         }
-        let segments = (start.limits.max_segments as usize).max(crate::proto::MAX_SEGMENTS);
+        let segments = (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             sectors: AtomicU64::new(start.limits.sectors),
@@ -155,8 +158,10 @@ impl Queue {
     /// Asks the thread to stop; dropping the queue waits for it.
     pub(crate) fn stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
-        // Full (it cannot be, at one write) would mean that it wakes anyway.
-        drop(rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()));
+        // It fails where the count is full, and then the thread wakes anyway.
+        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
+            tracing::debug!("waking a queue: {e}");
+        }
     }
 }
 

@@ -70,6 +70,27 @@ impl Mapping {
     }
 }
 
+/// A writable mapping, usable as the memory of a ring.
+pub struct SharedMapping(Mapping);
+
+impl Mapping {
+    /// The mapping as shared memory; `None` if it is read-only.
+    pub fn into_shared(self) -> Option<SharedMapping> {
+        (self.access == Access::ReadWrite).then_some(SharedMapping(self))
+    }
+}
+
+// SAFETY: by the promise of `Mapping::new` the pages are aligned, writable (`into_shared` checks),
+// and stay in place until the mapping is dropped.
+unsafe impl SharedMem for SharedMapping {
+    fn base(&self) -> *mut u8 {
+        self.0.base
+    }
+    fn len(&self) -> usize {
+        self.0.pages * rings::PAGE_SIZE
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         if let Some(f) = self.unmap.take()

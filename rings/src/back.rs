@@ -122,7 +122,7 @@ pub struct BackRing<P: Protocol, M, T> {
     replay: Stack,
     woken: bool,
     counters: Handle<RingCounters>,
-    protocol: PhantomData<P>,
+    protocol: PhantomData<fn() -> P>,
 }
 
 impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {

@@ -40,7 +40,7 @@ pub struct FrontRing<P: Protocol, M> {
     seen: u32,
     woken: bool,
     counters: Handle<RingCounters>,
-    protocol: PhantomData<P>,
+    protocol: PhantomData<fn() -> P>,
 }
 
 impl<P: Protocol, M: SharedMem> FrontRing<P, M> {

@@ -151,12 +151,12 @@ impl Memory {
     }
 
     fn queue(&mut self, slot: u32, piece: &Piece, page: u32, direction: Direction) {
-        let (start, len) = (piece.segment.start(), piece.segment.bytes());
+        let (start, len) = (piece.segment.offset(), piece.segment.len());
         self.ops.push(CopyOp {
             gref: piece.segment.gref,
             offset: start as u16,
             len: len as u16,
-            at: page as usize * PAGE_SIZE + start as usize,
+            at: page as usize * PAGE_SIZE + start,
             direction,
             status: 0,
         });
@@ -230,7 +230,7 @@ impl Memory {
             }
             Place::Nowhere => return Err(io::ErrorKind::InvalidInput.into()),
         };
-        let (start, len) = (piece.segment.start() as usize, piece.segment.bytes() as usize);
+        let (start, len) = (piece.segment.offset(), piece.segment.len());
         assert!(start + len <= PAGE_SIZE);
         // SAFETY: within one page of a mapping that stays pinned, or of the buffer, until the
         // slot is released, which happens after its Done.

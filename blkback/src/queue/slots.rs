@@ -2,7 +2,7 @@
 
 use rings::persistent::Pin;
 
-use crate::proto::Segment;
+use crate::proto::{Response, Segment};
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,16 +34,12 @@ pub(super) enum Work {
 pub(super) struct Slot {
     pub stage: Stage,
     pub work: Work,
-    /// Operation to echo.
-    pub op: u8,
-    /// The frontend's mark.
-    pub id: u64,
+    /// The answer so far.
+    pub answer: Response,
     /// Bytes.
     pub offset: u64,
     pub len: u64,
     pub segments: u16,
-    /// BLKIF_RSP_*.
-    pub status: i16,
     /// When its batch was taken, in ns.
     pub taken_at: u64,
 }
@@ -51,14 +47,19 @@ pub(super) struct Slot {
 const FREE: Slot = Slot {
     stage: Stage::Free,
     work: Work::Read,
-    op: 0,
-    id: 0,
+    answer: Response { id: 0, operation: 0, status: 0 },
     offset: 0,
     len: 0,
     segments: 0,
-    status: 0,
     taken_at: 0,
 };
+
+impl Slot {
+    /// A slot for a request of which nothing but its answer's head is known.
+    pub(super) fn taken(answer: Response, taken_at: u64) -> Slot {
+        Slot { stage: Stage::Taken, answer, taken_at, ..FREE }
+    }
+}
 
 /// Where one segment's bytes are while its request runs.
 pub(super) struct Piece {
@@ -90,7 +91,7 @@ impl Slots {
     /// `count` slots of up to `per_slot` segments.
     pub(super) fn new(count: usize, per_slot: usize) -> Slots {
         let nowhere =
-            || Piece { segment: Segment { gref: 0, first: 0, last: 0 }, place: Place::Nowhere };
+            || Piece { segment: Segment::default(), place: Place::Nowhere };
         Slots {
             slots: vec![FREE; count],
             tokens: (0..count).map(|_| None).collect(),

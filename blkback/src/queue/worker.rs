@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
-use hypervisor::{Direction, EventChannel, Mapping};
+use hypervisor::{Direction, EventChannel, SharedMapping};
 use perf::Handle;
 use rings::{BackRing, Notify, Pending, Table};
 
@@ -15,8 +15,13 @@ use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
 use super::poll::Poller;
 use super::slots::{Place, Slot, Slots, Stage, Work};
+use zerocopy::FromBytes;
 use crate::counters::QueueCounters;
-use crate::proto::{self, Abi, Checked, INDIRECT_PER_PAGE, Limits, Segment, status};
+use crate::proto::{
+    self, Abi, Body, Checked, DirectOp, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request, Response,
+    Ring,
+    SEGMENT_BYTES, SEGMENTS_PER_PAGE, Segment, WireSegment,
+};
 
 /// Requests taken from the ring in one go.
 const BATCH: usize = 64;
@@ -25,10 +30,61 @@ const SPURIOUS_STREAK: u32 = 32;
 /// How long they are put off.
 const BACK_OFF: Duration = Duration::from_millis(1);
 
+/// An indirect request whose table is on its way.
+struct IndirectTable {
+    slot: u32,
+    op: proto::Indirect,
+    sector: u64,
+    segments: usize,
+    /// First of its pages in the table area.
+    first: usize,
+}
+
+impl IndirectTable {
+    /// Bytes of the table's page `page`.
+    fn bytes_of(&self, page: usize) -> usize {
+        (self.segments - page * SEGMENTS_PER_PAGE).min(SEGMENTS_PER_PAGE) * SEGMENT_BYTES
+    }
+}
+
+impl From<DirectOp> for Work {
+    fn from(op: DirectOp) -> Work {
+        match op {
+            DirectOp::Read => Work::Read,
+            DirectOp::Write => Work::Write,
+            DirectOp::Flush => Work::Flush,
+            DirectOp::Barrier => Work::Barrier,
+        }
+    }
+}
+
+impl From<proto::Indirect> for Work {
+    fn from(op: proto::Indirect) -> Work {
+        match op {
+            proto::Indirect::Read => Work::Read,
+            proto::Indirect::Write => Work::Write,
+        }
+    }
+}
+
+impl From<proto::Discard> for Work {
+    fn from(kind: proto::Discard) -> Work {
+        match kind {
+            proto::Discard::Plain => Work::Discard,
+            proto::Discard::Secure => Work::SecureDiscard,
+        }
+    }
+}
+
+/// BLKIF_RSP_* of an errno.
+fn status_of(errno: i32) -> i16 {
+    if errno == rustix::io::Errno::OPNOTSUPP.raw_os_error() { RSP_EOPNOTSUPP } else { RSP_ERROR }
+}
+
 /// One queue with all that it needs.
-pub(super) struct Worker<P: Abi> {
+pub(super) struct Worker<A: Abi> {
     pub name: String,
-    pub ring: BackRing<P, Mapping, Table<P::Req>>,
+    pub ring: BackRing<Ring<A>, SharedMapping, Table<A::Req>>,
     pub channel: Box<dyn EventChannel>,
     pub disk: Box<dyn DiskQueue>,
     pub memory: Memory,
@@ -48,8 +104,8 @@ pub(super) struct Run {
     bufs: Vec<IoBuf>,
     /// Slots of this batch whose data are to be placed and sent.
     fresh: Vec<u32>,
-    /// Indirect requests of this batch: slot, its request, first table page.
-    tables: Vec<(u32, proto::Indirect, usize)>,
+    /// Indirect requests of this batch.
+    tables: Vec<IndirectTable>,
     /// Slots that wait for memory or behind a barrier, in order.
     waiting: VecDeque<u32>,
     /// Answered but not yet released reads of this round.
@@ -58,7 +114,8 @@ pub(super) struct Run {
     barrier: bool,
     unpublished: u32,
     spurious: u32,
-    table: Vec<u8>,
+    segments: Vec<Segment>,
+    page: Vec<u8>,
 }
 
 impl Run {
@@ -76,12 +133,13 @@ impl Run {
             barrier: false,
             unpublished: 0,
             spurious: 0,
-            table: vec![0; rings::PAGE_SIZE],
+            segments: Vec::with_capacity(segments),
+            page: vec![0; rings::PAGE_SIZE],
         }
     }
 }
 
-impl<P: Abi> Worker<P> {
+impl<A: Abi> Worker<A> {
     /// Serves until told to stop or until the frontend breaks the protocol; then waits for what
     /// is in flight and unmaps.
     pub(super) fn run(mut self) -> Result<(), Fault> {
@@ -135,10 +193,11 @@ impl<P: Abi> Worker<P> {
             let Some(entry) = self.ring.take().map_err(|e| self.corrupt(&e))? else { break };
             if taken == 0 {
                 self.read_clock();
+                self.limits.sectors = self.shared.sectors();
             }
             taken += 1;
             let slot = self.slots.hold(entry.slot);
-            self.accept(slot, &P::parse(&entry.req), &mut table_pages);
+            self.accept(slot, &A::parse(&entry.req), &mut table_pages);
         }
         self.fetch_tables()?;
         if !self.run.fresh.is_empty() || !self.run.waiting.is_empty() {
@@ -152,105 +211,85 @@ impl<P: Abi> Worker<P> {
     }
 
     /// Checks one request and gives it its slot.
-    fn accept(&mut self, slot: u32, request: &proto::Request, table_pages: &mut usize) {
-        self.limits.sectors = self.shared.sectors();
-        let fill = Slot {
-            stage: Stage::Taken,
-            work: Work::Read,
-            op: request.echo(),
-            id: request.id,
-            offset: 0,
-            len: 0,
-            segments: 0,
-            status: status::OKAY,
-            taken_at: self.run.now,
-        };
-        *self.slots.get_mut(slot) = fill;
+    fn accept(&mut self, slot: u32, request: &Request, table_pages: &mut usize) {
+        *self.slots.get_mut(slot) = Slot::taken(request.answer(RSP_OKAY), self.run.now);
         match proto::validate(request, &self.limits) {
             Err(refusal) => self.answer(slot, refusal.status()),
-            Ok(Checked::Inline { work, range, segments }) => {
-                self.set(slot, work.into(), range);
-                self.fill(slot, segments.iter().copied());
-                self.run.fresh.push(slot);
+            Ok(Checked::Nothing) => self.answer(slot, RSP_OKAY),
+            Ok(Checked::Transfer { op, range, segments }) => {
+                let Body::Direct { segments: all, .. } = &request.body else { return };
+                self.fill(slot, &all[..segments]);
+                self.begin(slot, op.into(), range.offset()..range.offset() + range.bytes());
             }
-            Ok(Checked::Indirect(indirect)) => {
+            Ok(Checked::Flush { op }) => self.begin(slot, op.into(), 0..0),
+            Ok(Checked::Discard { range, kind }) => {
+                self.begin(slot, kind.into(), range.offset()..range.offset() + range.bytes());
+            }
+            Ok(Checked::Indirect { op, sector, segments, pages }) => {
+                let Body::Indirect { grefs, .. } = &request.body else { return };
                 self.counters.indirect.add(1);
-                self.run.tables.push((slot, indirect, *table_pages));
-                *table_pages += indirect.pages();
-            }
-            Ok(Checked::Flush) => {
-                self.set(slot, Work::Flush, 0..0);
-                self.run.fresh.push(slot);
-            }
-            Ok(Checked::Discard { range, secure }) => {
-                let work = if secure { Work::SecureDiscard } else { Work::Discard };
-                self.set(slot, work, range);
-                self.run.fresh.push(slot);
+                let table = IndirectTable { slot, op, sector, segments, first: *table_pages };
+                for (page, gref) in grefs[..pages].iter().enumerate() {
+                    let bytes = table.bytes_of(page);
+                    self.memory.queue_table(slot, *gref, *table_pages + page, bytes);
+                }
+                *table_pages += pages;
+                self.run.tables.push(table);
             }
         }
     }
 
-    fn set(&mut self, slot: u32, work: Work, range: std::ops::Range<u64>) {
+    fn begin(&mut self, slot: u32, work: Work, range: std::ops::Range<u64>) {
         let s = self.slots.get_mut(slot);
         (s.work, s.offset, s.len) = (work, range.start, range.end - range.start);
+        self.run.fresh.push(slot);
     }
 
-    fn fill(&mut self, slot: u32, segments: impl Iterator<Item = Segment>) {
-        let mut count = 0;
+    fn fill(&mut self, slot: u32, segments: &[Segment]) {
+        self.slots.get_mut(slot).segments = segments.len() as u16;
         for (piece, segment) in self.slots.room(slot).iter_mut().zip(segments) {
-            (piece.segment, piece.place) = (segment, Place::Nowhere);
-            count += 1;
+            (piece.segment, piece.place) = (*segment, Place::Nowhere);
         }
-        self.slots.get_mut(slot).segments = count;
     }
 
-    /// Brings the batch's indirect tables here, once, and reads their segments.
+    /// Brings the batch's indirect tables here, each page once, and judges their segments.
     fn fetch_tables(&mut self) -> Result<(), Fault> {
         if self.run.tables.is_empty() {
             return Ok(());
         }
-        let tables = std::mem::take(&mut self.run.tables);
-        for (slot, indirect, first) in &tables {
-            for (i, (gref, bytes)) in indirect.tables().enumerate() {
-                self.memory.queue_table(*slot, gref, first + i, bytes);
-            }
-        }
         let slots = &mut self.slots;
-        self.memory.copy(|slot, _| slots.get_mut(slot).status = status::ERROR)?;
-        for (slot, indirect, first) in &tables {
-            self.read_table(*slot, indirect, *first);
+        self.memory.copy(|slot, _| slots.get_mut(slot).answer.status = RSP_ERROR)?;
+        let tables = std::mem::take(&mut self.run.tables);
+        for table in &tables {
+            self.read_table(table);
         }
         self.run.tables = tables;
         self.run.tables.clear();
         Ok(())
     }
 
-    fn read_table(&mut self, slot: u32, indirect: &proto::Indirect, first: usize) {
-        if self.slots.get(slot).status != status::OKAY {
-            return self.answer(slot, status::ERROR);
+    fn read_table(&mut self, table: &IndirectTable) {
+        let slot = table.slot;
+        if self.slots.get(slot).answer.status != RSP_OKAY {
+            return self.answer(slot, RSP_ERROR);
         }
-        let (mut table, mut count) = (std::mem::take(&mut self.run.table), 0);
-        for (i, (_, bytes)) in indirect.tables().enumerate() {
-            self.memory.table(first + i, &mut table[..bytes]);
-            let room = &mut self.slots.room(slot)[i * INDIRECT_PER_PAGE..];
-            for (piece, segment) in room.iter_mut().zip(proto::segments(&table[..bytes])) {
-                (piece.segment, piece.place) = (segment, Place::Nowhere);
-                count += 1;
-            }
+        let mut segments = std::mem::take(&mut self.run.segments);
+        segments.clear();
+        for page in 0..table.segments.div_ceil(SEGMENTS_PER_PAGE) {
+            let bytes = &mut self.run.page[..table.bytes_of(page)];
+            self.memory.table(table.first + page, bytes);
+            let wire = <[WireSegment]>::ref_from_bytes(bytes).unwrap_or_default();
+            segments.extend(wire.iter().map(|w| Segment::from(*w)));
         }
-        self.run.table = table;
-        self.slots.get_mut(slot).segments = count;
-        let all = self.slots.pieces(slot).iter().map(|p| p.segment);
-        match proto::validate_indirect(indirect, all, &self.limits) {
-            Ok((work, range)) => {
-                self.set(slot, work.into(), range);
-                self.run.fresh.push(slot);
+        match proto::validate_segments(table.sector, &segments, &self.limits) {
+            Ok(range) => {
+                self.fill(slot, &segments);
+                let bytes = range.offset()..range.offset() + range.bytes();
+                self.begin(slot, table.op.into(), bytes);
             }
-            Err(refusal) => {
-                self.slots.get_mut(slot).segments = 0;
-                self.answer(slot, refusal.status());
-            }
+            Err(refusal) => self.answer(slot, refusal.status()),
         }
+        self.run.segments = segments;
     }
 
     /// Places and sends what waits and what is fresh, in order.
@@ -267,7 +306,7 @@ impl<P: Abi> Worker<P> {
         }
         self.counters.oo_req.add((self.run.waiting.len() - ready) as u64);
         let slots = &mut self.slots;
-        self.memory.copy(|slot, _| slots.get_mut(slot).status = status::ERROR)?;
+        self.memory.copy(|slot, _| slots.get_mut(slot).answer.status = RSP_ERROR)?;
         for _ in 0..ready {
             if let Some(slot) = self.run.waiting.pop_front() {
                 self.send(slot)?;
@@ -292,7 +331,7 @@ impl<P: Abi> Worker<P> {
     }
 
     fn send(&mut self, slot: u32) -> Result<(), Fault> {
-        if self.slots.get(slot).status != status::OKAY {
+        if self.slots.get(slot).answer.status != RSP_OKAY {
             self.finish(slot);
             return Ok(());
         }
@@ -346,7 +385,7 @@ impl<P: Abi> Worker<P> {
     fn completed(&mut self, slot: u32, errno: i32) -> Result<(), Fault> {
         let s = self.slots.get_mut(slot);
         if errno != 0 {
-            s.status = proto::status_of(errno);
+            s.answer.status = status_of(errno);
         } else if s.stage == Stage::PreFlush {
             s.stage = Stage::Running;
             if s.segments > 0 {
@@ -355,7 +394,7 @@ impl<P: Abi> Worker<P> {
             }
         }
         let s = self.slots.get(slot);
-        let to_copy = s.work == Work::Read && s.status == status::OKAY;
+        let to_copy = s.work == Work::Read && s.answer.status == RSP_OKAY;
         if to_copy && self.slots.pieces(slot).iter().any(|p| matches!(p.place, Place::Copied(_))) {
             self.memory.queue_out(slot, self.slots.pieces(slot));
             self.run.reads.push(slot);
@@ -367,7 +406,7 @@ impl<P: Abi> Worker<P> {
 
     fn copy_out(&mut self) -> Result<(), Fault> {
         let slots = &mut self.slots;
-        self.memory.copy(|slot, _| slots.get_mut(slot).status = status::ERROR)?;
+        self.memory.copy(|slot, _| slots.get_mut(slot).answer.status = RSP_ERROR)?;
         for at in 0..self.run.reads.len() {
             self.finish(self.run.reads[at]);
         }
@@ -383,7 +422,7 @@ impl<P: Abi> Worker<P> {
         if s.work == Work::Barrier {
             self.run.barrier = false;
         }
-        self.answer(slot, s.status);
+        self.answer(slot, s.answer.status);
     }
 
     fn count(&self, s: &Slot) {
@@ -415,13 +454,12 @@ impl<P: Abi> Worker<P> {
     }
 
     fn answer(&mut self, slot: u32, status: i16) {
-        let s = self.slots.get(slot);
-        if status != status::OKAY {
+        if status != RSP_OKAY {
             self.counters.errors.add(1);
         }
-        let response = P::response(s.id, s.op, status);
+        let response = Response { status, ..self.slots.get(slot).answer };
         if let Some(token) = self.slots.free(slot) {
-            self.ring.respond(token, &response);
+            self.ring.respond(token, &A::encode_response(&response));
             self.run.unpublished += 1;
         }
     }

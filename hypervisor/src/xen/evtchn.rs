@@ -34,6 +34,7 @@ impl Evtchn {
         if let Err(e) = ioctl::evtchn_restrict(&device, ioctl::Restrict { domid: peer }) {
             tracing::debug!("evtchn: cannot restrict to domain {peer}: {e}");
         }
+        Ok(Evtchn { device, port: port as Port })
     }
 }
 

@@ -1,0 +1,273 @@
+//! What the two ends tell each other through xenstore before the ring runs: pure functions from
+//! and to keys. The keys are those of Xen's io/blkif.h.
+
+use hypervisor::xenbus::Key;
+
+use crate::proto::{VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE};
+
+/// What a backend offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// `feature-flush-cache`
+    pub flush: bool,
+    /// `feature-barrier`
+    pub barrier: bool,
+    /// `feature-persistent`
+    pub persistent: bool,
+    /// `feature-max-indirect-segments`; 0 offers none.
+    pub max_indirect_segments: u32,
+    /// `max-ring-page-order`
+    pub max_ring_page_order: u32,
+    /// `multi-queue-max-queues`
+    pub max_queues: u32,
+}
+
+/// What a disk is, for its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskKeys {
+    /// Bytes.
+    pub size: u64,
+    /// Logical block size in bytes.
+    pub logical_block: u32,
+    /// Physical block size in bytes.
+    pub physical_block: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether it is a CD-ROM drive.
+    pub cdrom: bool,
+    /// Whether its medium can be taken out.
+    pub removable: bool,
+    /// Granularity of discard in bytes, if it is offered.
+    pub discard: Option<u32>,
+    /// Whether a secure discard is possible.
+    pub secure_discard: bool,
+}
+
+fn key(name: &str, value: impl ToString) -> Key {
+    (name.to_owned(), value.to_string())
+}
+
+impl Offer {
+    /// The keys that a frontend reads before it makes its rings; written before state 2.
+    pub fn early_keys(&self) -> Vec<Key> {
+        let mut keys = vec![
+            key("max-ring-page-order", self.max_ring_page_order),
+            // The older name of the same, in pages.
+            key("max-ring-pages", 1u32 << self.max_ring_page_order),
+            key("multi-queue-max-queues", self.max_queues),
+        ];
+        if self.max_indirect_segments > 0 {
+            keys.push(key("feature-max-indirect-segments", self.max_indirect_segments));
+        }
+        keys.push(key("feature-persistent", u8::from(self.persistent)));
+        keys
+    }
+
+    /// The keys that a frontend reads when it sees us connected; written before state 4.
+    pub fn disk_keys(&self, disk: &DiskKeys) -> Vec<Key> {
+        let mut info = 0;
+        for (is, bit) in [
+            (disk.cdrom, VDISK_CDROM),
+            (disk.removable, VDISK_REMOVABLE),
+            (disk.read_only, VDISK_READONLY),
+        ] {
+            info |= if is { bit } else { 0 };
+        }
+        let mut keys = vec![
+            key("feature-flush-cache", u8::from(self.flush)),
+            key("feature-barrier", u8::from(self.barrier)),
+            // In units of 512 bytes whatever the block size is: Linux's reading of blkif.h.
+            key("sectors", disk.size / 512),
+            key("info", info),
+            key("sector-size", disk.logical_block),
+            key("physical-sector-size", disk.physical_block),
+        ];
+        if let Some(granularity) = disk.discard {
+            keys.extend([
+                key("feature-discard", 1),
+                key("discard-granularity", granularity),
+                key("discard-alignment", 0),
+                key("discard-secure", u8::from(disk.secure_discard)),
+            ]);
+        }
+        keys
+    }
+}
+
+/// The layout of requests (`protocol`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// `x86_64-abi`, and where the key is missing.
+    X86_64,
+    /// `x86_32-abi`
+    X86_32,
+    /// The layout of another architecture's own (`arm-abi`).
+    Native,
+}
+
+/// One queue as the frontend has made it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueKeys {
+    /// The ring's pages.
+    pub ring_refs: Vec<u32>,
+    /// The frontend's event channel.
+    pub port: u32,
+}
+
+/// What a frontend has chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// The layout of requests.
+    pub protocol: Protocol,
+    /// Whether it keeps its grants.
+    pub persistent: bool,
+    /// Its queues.
+    pub queues: Vec<QueueKeys>,
+}
+
+/// Why a frontend's keys are refused. The texts reach `error/backend/...`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// A key that must be there is not.
+    #[error("frontend key {0} is missing")]
+    Missing(String),
+    /// A key's value is no number.
+    #[error("frontend key {key} is {value:?}, which is not a number")]
+    NotANumber {
+        /// The key.
+        key: String,
+        /// Its value, shortened.
+        value: String,
+    },
+    /// A number is out of its range.
+    #[error("frontend key {key} is {value}; {low} to {high} were offered")]
+    OutOfRange {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: u32,
+        /// Least.
+        low: u32,
+        /// Most.
+        high: u32,
+    },
+    /// `num-ring-pages` is not a power of two.
+    #[error("frontend key num-ring-pages is {0}, which is not a power of two")]
+    NotAPower(u32),
+    /// `protocol` names none that there is.
+    #[error("frontend key protocol is {0:?}; x86_64-abi and x86_32-abi are supported")]
+    UnknownProtocol(String),
+    /// Two rings share a page.
+    #[error("frontend key {0} names a page of another ring")]
+    SharedPage(String),
+    /// Two queues share a port.
+    #[error("frontend key {0} names the port of another queue")]
+    SharedPort(String),
+}
+
+/// Longest piece of a guest's value that is repeated in an error.
+const SHOWN: usize = 40;
+
+fn shown(value: &str) -> String {
+    value.chars().take(SHOWN).collect()
+}
+
+struct Keys<F>(F);
+
+impl<F: Fn(&str) -> Option<String>> Keys<F> {
+    fn number(&self, name: &str) -> Result<Option<u32>, Refused> {
+        let Some(value) = (self.0)(name) else { return Ok(None) };
+        match value.trim().parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(Refused::NotANumber { key: name.into(), value: shown(&value) }),
+        }
+    }
+    fn required(&self, name: &str) -> Result<u32, Refused> {
+        self.number(name)?.ok_or_else(|| Refused::Missing(name.into()))
+    }
+    fn within(&self, name: &str, default: u32, low: u32, high: u32) -> Result<u32, Refused> {
+        match self.number(name)? {
+            None => Ok(default),
+            Some(n) if (low..=high).contains(&n) => Ok(n),
+            Some(value) => Err(Refused::OutOfRange { key: name.into(), value, low, high }),
+        }
+    }
+}
+
+impl Accepted {
+    /// Reads a frontend's keys through `read`. It may know none of the optional ones.
+    pub fn read(offer: &Offer, read: impl Fn(&str) -> Option<String>) -> Result<Accepted, Refused> {
+        let keys = Keys(read);
+        let protocol = match (keys.0)("protocol").as_deref().map(str::trim) {
+            None | Some("x86_64-abi") => Protocol::X86_64,
+            Some("x86_32-abi") => Protocol::X86_32,
+            Some("arm-abi") if cfg!(not(target_arch = "x86_64")) => Protocol::Native,
+            Some(other) => return Err(Refused::UnknownProtocol(shown(other))),
+        };
+        let persistent = keys.number("feature-persistent")?.unwrap_or(0) == 1;
+        let count = keys.within("multi-queue-num-queues", 1, 1, offer.max_queues)?;
+        let pages = Self::ring_pages(&keys, offer)?;
+        let mut accepted = Accepted { protocol, persistent, queues: Vec::new() };
+        for number in 0..count {
+            let prefix = if count == 1 { String::new() } else { format!("queue-{number}/") };
+            let queue = Self::queue(&keys, &prefix, pages)?;
+            accepted.check_apart(&queue, &prefix)?;
+            accepted.queues.push(queue);
+        }
+        Ok(accepted)
+    }
+
+    /// Pages of each ring: by order, by the older count of pages, or `None` for a frontend that
+    /// writes one `ring-ref` without a number.
+    fn ring_pages(
+        keys: &Keys<impl Fn(&str) -> Option<String>>,
+        offer: &Offer,
+    ) -> Result<Option<u32>, Refused> {
+        let most = offer.max_ring_page_order;
+        if keys.number("ring-page-order")?.is_some() {
+            let order = keys.within("ring-page-order", 0, 0, most)?;
+            return Ok(Some(1 << order));
+        }
+        if keys.number("num-ring-pages")?.is_none() {
+            return Ok(None);
+        }
+        let pages = keys.within("num-ring-pages", 1, 1, 1 << most)?;
+        if pages.is_power_of_two() { Ok(Some(pages)) } else { Err(Refused::NotAPower(pages)) }
+    }
+
+    fn queue(
+        keys: &Keys<impl Fn(&str) -> Option<String>>,
+        prefix: &str,
+        pages: Option<u32>,
+    ) -> Result<QueueKeys, Refused> {
+        let name = |key: &str| format!("{prefix}{key}");
+        // A single page may stand as `ring-ref` even where the order is written too.
+        let single = matches!(pages, None | Some(1)) && (keys.0)(&name("ring-ref")).is_some();
+        let ring_refs = if single || pages.is_none() {
+            vec![keys.required(&name("ring-ref"))?]
+        } else {
+            (0..pages.unwrap_or(1))
+                .map(|i| keys.required(&name(&format!("ring-ref{i}"))))
+                .collect::<Result<_, _>>()?
+        };
+        Ok(QueueKeys { ring_refs, port: keys.required(&name("event-channel"))? })
+    }
+
+    /// Two rings in one page would make nonsense of both.
+    fn check_apart(&self, queue: &QueueKeys, prefix: &str) -> Result<(), Refused> {
+        let mine = &queue.ring_refs;
+        let twice = (1..mine.len()).any(|i| mine[..i].contains(&mine[i]));
+        let shared = self.queues.iter().any(|q| q.ring_refs.iter().any(|r| mine.contains(r)));
+        if twice || shared {
+            return Err(Refused::SharedPage(format!("{prefix}ring-ref")));
+        }
+        if self.queues.iter().any(|q| q.port == queue.port) {
+            return Err(Refused::SharedPort(format!("{prefix}event-channel")));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "negotiate_tests.rs"]
+mod tests;
