@@ -14,7 +14,7 @@ use crate::counters::RingCounters;
 use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use crate::index::{self, Notify, Pending, Strong};
 use crate::inflight::{Entry, InFlight};
-use crate::mem::{Region, SharedMem};
+use crate::mem::{Region, SharedMem, kill_point};
 use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
 
 /// The right and duty to answer one request: it cannot be copied, and answering uses it up.
@@ -275,6 +275,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             return Notify::Skip;
         }
         let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+        kill_point();
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
         while let Some(slot) = self.answered.pop() {

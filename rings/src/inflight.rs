@@ -126,7 +126,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         let table = Table { region: Region::new(memory), slots, request: PhantomData };
         table.region.word64(AT_MAGIC).store(0, Relaxed);
         for slot in 0..slots {
-            table.region.word64(table.at(slot) + SEQUENCE).store(0, Release);
+            table.region.set64(table.at(slot) + SEQUENCE, 0);
         }
         table.write_header();
         Ok(table)
@@ -175,20 +175,20 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     fn put(&mut self, slot: u32, sequence: u64, req: &R) {
         let at = self.at(slot);
         self.region.store(at + REQUEST, req);
-        self.region.word64(at + ANSWER).store(0, Relaxed);
-        self.region.word64(at + SEQUENCE).store(sequence, Release);
+        self.region.set64(at + ANSWER, 0);
+        self.region.set64(at + SEQUENCE, sequence);
     }
     #[inline]
     fn answer(&mut self, slot: u32, position: u32) {
         let note = ANSWERED | u64::from(position);
-        self.region.word64(self.at(slot) + ANSWER).store(note, Release);
+        self.region.set64(self.at(slot) + ANSWER, note);
     }
     fn retract(&mut self, slot: u32) {
-        self.region.word64(self.at(slot) + ANSWER).store(0, Release);
+        self.region.set64(self.at(slot) + ANSWER, 0);
     }
     #[inline]
     fn clear(&mut self, slot: u32) {
-        self.region.word64(self.at(slot) + SEQUENCE).store(0, Release);
+        self.region.set64(self.at(slot) + SEQUENCE, 0);
     }
     fn entry(&self, slot: u32) -> Entry {
         let at = self.at(slot);

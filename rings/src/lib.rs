@@ -33,6 +33,8 @@
 //! ```
 #![no_std]
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
 
 mod back;
 pub mod bytes;
@@ -45,6 +47,9 @@ pub mod inflight;
 pub mod mem;
 pub mod persistent;
 mod protocol;
+
+#[cfg(test)]
+mod kill_tests;
 
 pub use back::{AttachError, BackRing, Slot, Taken};
 pub use counters::RingCounters;

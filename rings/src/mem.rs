@@ -7,7 +7,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -169,6 +169,14 @@ unsafe fn copy_in(to: *mut u8, from: *const u8, len: usize) {
     }
 }
 
+/// Where the process could be killed and the difference would show in shared memory: before
+/// every store to it. Tests end an operation here.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn kill_point() {}
+#[cfg(test)]
+pub(crate) use crate::kill_tests::kill_point;
+
 /// Shared memory whose address was asked for once: the hot path makes no dynamic call.
 pub(crate) struct Region<M> {
     base: *mut u8,
@@ -204,6 +212,12 @@ impl<M: SharedMem> Region<M> {
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
     }
+    /// Stores the double word at `offset` after everything stored before it.
+    #[inline]
+    pub(crate) fn set64(&self, offset: usize, value: u64) {
+        kill_point();
+        self.word64(offset).store(value, Release);
+    }
     /// Copies a value out of the range at `offset`.
     #[inline]
     pub(crate) fn load<T: FromBytes>(&self, offset: usize) -> T {
@@ -219,6 +233,7 @@ impl<M: SharedMem> Region<M> {
     /// Copies a value into the range at `offset`.
     #[inline]
     pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
+        kill_point();
         check(offset, size_of::<T>(), self.len);
         let bytes = value.as_bytes();
         // SAFETY: in range; the value's bytes are all initialised, as IntoBytes says.
