@@ -108,7 +108,7 @@ save_restore() {
 leak_control() {
   cp $CTL/*.before /tmp/
   backend_stop
-  RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
+  RINGBACK_BIN=/lab/faults/ringback RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
   img=$(image disk 32)
   second=$(image second 32)
   CMDLINE= DISK1=$(disk xvda "raw:$img")
