@@ -15,10 +15,11 @@ backend_install() {
   esac
   chmod 755 /etc/xen/scripts/block-ringback
 }
-# backend_start [ARGUMENT...]: arguments of `ringback daemon`. Environment for the daemon: RINGBACK_TEST_LEAK and friends.
+# backend_start [ARGUMENT...]: arguments of `ringback daemon`. RINGBACK_BIN=/lab/faults/ringback is the build that can be
+# told to leak by RINGBACK_TEST_LEAK.
 backend_start() {
   [ "$BACKEND" = ringback ] || return 0
-  RINGBACK_LOG=${RINGBACK_LOG:-info} setsid ringback daemon "$@" >> $CTL/daemon.log 2>&1 < /dev/null &
+  RINGBACK_LOG=${RINGBACK_LOG:-info} setsid "${RINGBACK_BIN:-/lab/bin/ringback}" daemon "$@" >> $CTL/daemon.log 2>&1 < /dev/null &
   echo $! > $CTL/daemon.pid
   usleep 300000
   kill -0 "$(cat $CTL/daemon.pid)" 2> /dev/null

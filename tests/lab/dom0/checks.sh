@@ -60,16 +60,13 @@ fio_round() {
   guest_stop g
 }
 
-# stat_sum GUEST VDEV COUNTER: a counter of ringback, summed over the disk's queues
-stat_sum() {
-  ringback stats --json --device "$(xl domid "$1")/$2" > $CTL/stats.json || fail "ringback stats ended with status $?"
-  tr ',{}' '\n' < $CTL/stats.json | awk -F: -v k="\"$3\"" '{ gsub(/ /, "", $1) } $1 == k { n += $2; seen = 1 } END { if (seen) print n; else print "none" }'
-}
-# stat_each GUEST VDEV COUNTER: the counter of each queue, on one line
+# stat_each GUEST VDEV COUNTER: a counter of each of the disk's queues, on one line
 stat_each() {
-  stat_sum "$@" > /dev/null
-  tr ',{}' '\n' < $CTL/stats.json | awk -F: -v k="\"$3\"" '{ gsub(/ /, "", $1) } $1 == k { printf "%d ", $2 }'
+  ringback stats --device "$(xl domid "$1")/$2" > $CTL/stats.out || fail "ringback stats ended with status $?"
+  awk -v k="$3" '$1 == k { printf "%s ", $2 }' $CTL/stats.out
 }
+# stat_sum GUEST VDEV COUNTER: the same, summed
+stat_sum() { stat_each "$@" | awk '{ for (i = 1; i <= NF; i++) n += $i; print NF ? n : "none" }'; }
 # counters_agree GUEST VDEV QUEUES: our counters after a file system's work
 counters_agree() {
   [ "$BACKEND" = ringback ] || return 0
@@ -79,8 +76,9 @@ counters_agree() {
     n=$((n + 1))
   done
   same "queues with a counter" "$3" "$n"
-  above "persistent hits above misses" "$(stat_sum "$1" "$2" persistent_misses)" "$(stat_sum "$1" "$2" persistent_hits)"
+  above "persistent hits above misses" "$(stat_sum "$1" "$2" misses)" "$(stat_sum "$1" "$2" hits)"
   above "indirect requests" 0 "$(stat_sum "$1" "$2" indirect)"
+  cat $CTL/stats.out
 }
 
 # save_restore TYPE: a guest writes to a mounted file system, is saved and restored, and goes on writing
@@ -108,7 +106,7 @@ save_restore() {
 leak_control() {
   cp $CTL/*.before /tmp/
   backend_stop
-  RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
+  RINGBACK_BIN=/lab/faults/ringback RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
   img=$(image disk 32)
   second=$(image second 32)
   CMDLINE= DISK1=$(disk xvda "raw:$img")
