@@ -7,6 +7,7 @@
 mod seams;
 pub use seams::*;
 
+pub mod core;
 pub mod store;
 pub mod xen;
 pub mod xenbus;
