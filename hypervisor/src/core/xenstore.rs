@@ -218,6 +218,11 @@ impl Store {
         self.tree.main(path).map(|node| node.data.as_slice())
     }
 
+    /// Whether a node is there.
+    pub fn exists(&self, path: &str) -> bool {
+        self.tree.main(path).is_some()
+    }
+
     /// Names of a node's children, read with domain 0's rights; none where it is not there.
     pub fn children(&self, path: &str) -> Vec<String> {
         self.tree.main(path).map_or_else(Vec::new, |node| node.children.clone())
