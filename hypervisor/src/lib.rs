@@ -7,6 +7,8 @@
 mod seams;
 pub use seams::*;
 
+pub mod core;
+pub mod embedded;
 pub mod store;
 pub mod xen;
 pub mod xenbus;
