@@ -9,7 +9,7 @@ use hypervisor::Hypervisor;
 /// Xen, or the bundled hypervisor at `socket`.
 pub fn connect(socket: Option<&Path>) -> io::Result<Arc<dyn Hypervisor>> {
     match socket {
-        Some(socket) => Ok(Arc::new(hypervisor::embedded::Client::connect(socket)?)),
+        Some(socket) => Ok(Arc::new(hypervisor::embedded::Backend::connect(socket)?)),
         None => Ok(Arc::new(hypervisor::xen::Xen::open()?)),
     }
 }
@@ -22,7 +22,7 @@ pub fn run_dir(given: Option<PathBuf>) -> io::Result<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Ok("/run/ringback".into());
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map(|dir| PathBuf::from(dir).join("ringback")).ok_or_else(
-        || io::Error::other("XDG_RUNTIME_DIR is not set; name a folder with --run-dir"),
-    )
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(|dir| PathBuf::from(dir).join("ringback"))
+        .ok_or_else(|| io::Error::other("XDG_RUNTIME_DIR is not set; name a folder with --run-dir"))
 }

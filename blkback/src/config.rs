@@ -79,9 +79,8 @@ impl Config {
             let names: Vec<&str> = KNOBS.iter().map(|k| k.name).collect();
             format!("no knob is called {name}; there are: {}", names.join(", "))
         })?;
-        (knob.set)(self, value).ok_or_else(|| {
-            format!("{name}: {value} is not one of its values ({})", knob.range)
-        })
+        (knob.set)(self, value)
+            .ok_or_else(|| format!("{name}: {value} is not one of its values ({})", knob.range))
     }
 
     /// Sets knobs from `name=value,name=value`, as the `options` key of a backend's node holds.
@@ -250,7 +249,8 @@ pub const KNOBS: &[Knob] = &[
 
 /// The table of all knobs for docs/tuning.md.
 pub fn markdown() -> String {
-    let head = "| knob | unit | default | values | what it does | shows in |\n|---|---|---|---|---|---|\n";
+    let head =
+        "| knob | unit | default | values | what it does | shows in |\n|---|---|---|---|---|---|\n";
     KNOBS.iter().fold(head.to_owned(), |table, k| {
         let row = [k.name, k.unit, k.default, k.range, k.help, k.shows_in].join(" | ");
         format!("{table}| {row} |\n")

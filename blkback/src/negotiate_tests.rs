@@ -69,14 +69,32 @@ fn exact_texts_of_refusals() {
     let table: &[(&[(&str, &str)], &str)] = &[
         (&[], "frontend key ring-ref is missing"),
         (&[("ring-ref", "8")], "frontend key event-channel is missing"),
-        (&[("ring-ref", "-1"), ("event-channel", "5")], "frontend key ring-ref is \"-1\", which is not a number"),
-        (&[("ring-ref", ""), ("event-channel", "5")], "frontend key ring-ref is \"\", which is not a number"),
+        (
+            &[("ring-ref", "-1"), ("event-channel", "5")],
+            "frontend key ring-ref is \"-1\", which is not a number",
+        ),
+        (
+            &[("ring-ref", ""), ("event-channel", "5")],
+            "frontend key ring-ref is \"\", which is not a number",
+        ),
         (&[("ring-page-order", "5")], "frontend key ring-page-order is 5; 0 to 4 were offered"),
-        (&[("ring-page-order", "4294967295")], "frontend key ring-page-order is 4294967295; 0 to 4 were offered"),
-        (&[("num-ring-pages", "3")], "frontend key num-ring-pages is 3, which is not a power of two"),
+        (
+            &[("ring-page-order", "4294967295")],
+            "frontend key ring-page-order is 4294967295; 0 to 4 were offered",
+        ),
+        (
+            &[("num-ring-pages", "3")],
+            "frontend key num-ring-pages is 3, which is not a power of two",
+        ),
         (&[("num-ring-pages", "32")], "frontend key num-ring-pages is 32; 1 to 16 were offered"),
-        (&[("multi-queue-num-queues", "0")], "frontend key multi-queue-num-queues is 0; 1 to 4 were offered"),
-        (&[("multi-queue-num-queues", "5")], "frontend key multi-queue-num-queues is 5; 1 to 4 were offered"),
+        (
+            &[("multi-queue-num-queues", "0")],
+            "frontend key multi-queue-num-queues is 0; 1 to 4 were offered",
+        ),
+        (
+            &[("multi-queue-num-queues", "5")],
+            "frontend key multi-queue-num-queues is 5; 1 to 4 were offered",
+        ),
         (
             &[("protocol", "ia64-abi")],
             "frontend key protocol is \"ia64-abi\"; x86_64-abi and x86_32-abi are supported",
@@ -86,7 +104,12 @@ fn exact_texts_of_refusals() {
             "frontend key ring-ref1 is missing",
         ),
         (
-            &[("ring-page-order", "1"), ("ring-ref0", "8"), ("ring-ref1", "8"), ("event-channel", "5")],
+            &[
+                ("ring-page-order", "1"),
+                ("ring-ref0", "8"),
+                ("ring-ref1", "8"),
+                ("event-channel", "5"),
+            ],
             "frontend key ring-ref names a page of another ring",
         ),
         (

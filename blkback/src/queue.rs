@@ -104,7 +104,8 @@ impl Queue {
         if notify == Notify::Send {
             channel.notify()?;
         }
-        let segments = (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
+        let segments =
+            (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             sectors: AtomicU64::new(start.limits.sectors),
@@ -115,7 +116,14 @@ impl Queue {
             ring,
             channel,
             disk: start.disk.queue(size as u32)?,
-            memory: Memory::new(start.domid, grants, start.grants, config, counters.clone(), start.pool_counters),
+            memory: Memory::new(
+                start.domid,
+                grants,
+                start.grants,
+                config,
+                counters.clone(),
+                start.pool_counters,
+            ),
             slots: Slots::new(size, segments),
             shared: shared.clone(),
             limits: start.limits,

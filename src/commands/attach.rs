@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use blkback::vdev;
+use blkback::proto::vdev::Vdev;
 use hypervisor::DomId;
 use hypervisor::store::Client;
 use hypervisor::xenbus::toolstack::{self, Detached, Force};
@@ -27,7 +27,7 @@ pub struct Disk {
 }
 
 fn device_id(domid: DomId, vdev: &str) -> Result<DeviceId> {
-    let devid = vdev::parse(vdev).ok_or_else(|| {
+    let devid = Vdev::parse(vdev).map(|v| v.0).ok_or_else(|| {
         format!("{vdev} is not a virtual device: name it like xvda, sda1 or hdc, or by its number")
     })?;
     Ok(DeviceId { kind: "vbd", domid, devid })

@@ -83,9 +83,7 @@ impl Daemon<'_> {
             let idle = match self.guests.get(&domid) {
                 Some(Guest { child: Some(_), .. }) => false,
                 // It failed at once: not again and again.
-                Some(Guest { child: None, started }) => {
-                    started.elapsed() > SHORT_LIFE + BACK_OFF
-                }
+                Some(Guest { child: None, started }) => started.elapsed() > SHORT_LIFE + BACK_OFF,
                 None => true,
             };
             if idle {

@@ -16,12 +16,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The control socket of `DOMID/VDEV`, or the path that was given.
 fn socket(context: &Context, device: &str) -> Result<PathBuf> {
     if let Some((domid, vdev)) = device.split_once('/')
-        && let (Ok(domid), Some(devid)) = (domid.parse::<u16>(), blkback::vdev::parse(vdev))
+        && let (Ok(domid), Some(devid)) =
+            (domid.parse::<u16>(), blkback::proto::vdev::Vdev::parse(vdev).map(|v| v.0))
     {
         return Ok(context.run_dir.join(domid.to_string()).join(format!("vbd-{devid}.sock")));
     }
     let path = PathBuf::from(device);
-    if path.exists() { Ok(path) } else { Err(format!("{device}: no such device; name it as DOMID/VDEV").into()) }
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(format!("{device}: no such device; name it as DOMID/VDEV").into())
+    }
 }
 
 /// Asks a device; its answer is an object without `error`.

@@ -62,7 +62,11 @@ impl Memory {
             mode,
             pool: PersistentPool::new(
                 Limits {
-                    entries: if mode == GrantMode::Persistent { config.max_persistent_grants } else { 0 },
+                    entries: if mode == GrantMode::Persistent {
+                        config.max_persistent_grants
+                    } else {
+                        0
+                    },
                     idle: config.persistent_idle().as_nanos() as u64,
                     seed: seed(),
                 },

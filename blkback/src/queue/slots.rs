@@ -90,8 +90,7 @@ pub(super) struct Slots {
 impl Slots {
     /// `count` slots of up to `per_slot` segments.
     pub(super) fn new(count: usize, per_slot: usize) -> Slots {
-        let nowhere =
-            || Piece { segment: Segment::default(), place: Place::Nowhere };
+        let nowhere = || Piece { segment: Segment::default(), place: Place::Nowhere };
         Slots {
             slots: vec![FREE; count],
             tokens: (0..count).map(|_| None).collect(),

@@ -15,13 +15,12 @@ use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
 use super::poll::Poller;
 use super::slots::{Place, Slot, Slots, Stage, Work};
-use zerocopy::FromBytes;
 use crate::counters::QueueCounters;
 use crate::proto::{
-    self, Abi, Body, Checked, DirectOp, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request, Response,
-    Ring,
-    SEGMENT_BYTES, SEGMENTS_PER_PAGE, Segment, WireSegment,
+    self, Abi, Body, Checked, DirectOp, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request,
+    Response, Ring, SEGMENT_BYTES, SEGMENTS_PER_PAGE, Segment, WireSegment,
 };
+use zerocopy::FromBytes;
 
 /// Requests taken from the ring in one go.
 const BATCH: usize = 64;
