@@ -14,7 +14,7 @@ use crate::counters::RingCounters;
 use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use crate::index::{self, Notify, Pending, Strong};
 use crate::inflight::{Entry, InFlight};
-use crate::mem::{Region, SharedMem, kill_point};
+use crate::mem::{Region, SharedMem, Unit, kill_point};
 use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
 
 /// The right and duty to answer one request: it cannot be copied, and answering uses it up.
@@ -226,14 +226,14 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         &self.counters
     }
 
-    #[inline]
+    #[inline(always)]
     fn slot_offset(&self, index: u32) -> usize {
         HEADER + (index & (self.slots - 1)) as usize * slot_size::<P>()
     }
 
     /// The next request, copied out once. `None`: there is none now. `Corrupt`: the frontend's
     /// index is impossible; nothing more can be taken.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self) -> Result<Option<Taken<P::Req>>, Corrupt> {
         if self.replay.len > 0 {
             return Ok(self.take_again());
@@ -242,7 +242,8 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             return Ok(None);
         }
         let Some(slot) = self.free.pop() else { return Ok(None) };
-        let req = self.region.load(self.slot_offset(self.taken));
+        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
+        let req = self.region.load(self.slot_offset(self.taken), unit);
         self.sequence += 1;
         self.table.put(slot, self.sequence, &req);
         self.taken = self.taken.wrapping_add(1);
@@ -257,10 +258,11 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Writes the response of a request, in any order. The frontend sees it after
     /// [`publish`](Self::publish). Panics if `slot` is another ring's and makes one too many.
-    #[inline]
+    #[inline(always)]
     pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
         assert!(self.in_flight() > 0, "a slot of another ring");
-        self.region.store(self.slot_offset(self.written), rsp);
+        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Rsp>()) };
+        self.region.store(self.slot_offset(self.written), rsp, unit);
         self.table.answer(slot.0, self.written);
         self.answered.push(slot.0);
         self.written = self.written.wrapping_add(1);
@@ -268,7 +270,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Shows the frontend all responses written so far
     /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`), then forgets their requests.
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> Notify {
         let (old, new) = (self.published, self.written);
         if old == new {

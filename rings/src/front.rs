@@ -9,7 +9,7 @@ use perf::Handle;
 
 use crate::counters::RingCounters;
 use crate::index::{self, Notify, Pending, Strong};
-use crate::mem::{Region, SharedMem};
+use crate::mem::{Region, SharedMem, Unit};
 use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
 
 pub(crate) const REQ_PROD: usize = 0;
@@ -102,26 +102,27 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
         &self.counters
     }
 
-    #[inline]
+    #[inline(always)]
     fn slot_offset(&self, index: u32) -> usize {
         HEADER + (index & (self.slots - 1)) as usize * slot_size::<P>()
     }
 
     /// Writes a request into the next slot. The backend sees it after [`publish`](Self::publish).
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, req: &P::Req) -> Result<(), Full> {
         if self.free() == 0 {
             self.counters.ring_full.add(1);
             return Err(Full);
         }
-        self.region.store(self.slot_offset(self.written), req);
+        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
+        self.region.store(self.slot_offset(self.written), req, unit);
         self.written = self.written.wrapping_add(1);
         Ok(())
     }
 
     /// Shows the backend all requests written so far
     /// (`RING_PUSH_REQUESTS_AND_CHECK_NOTIFY`).
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> Notify {
         let (old, new) = (self.published, self.written);
         if old == new {
@@ -140,12 +141,13 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
 
     /// The next response, copied out. `Corrupt`: the backend claims responses to requests that
     /// were not made.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self) -> Result<Option<P::Rsp>, Corrupt> {
         if self.taken == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
-        let rsp = self.region.load(self.slot_offset(self.taken));
+        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Rsp>()) };
+        let rsp = self.region.load(self.slot_offset(self.taken), unit);
         self.taken = self.taken.wrapping_add(1);
         Ok(Some(rsp))
     }

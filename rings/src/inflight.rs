@@ -13,7 +13,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::PAGE_SIZE;
-use crate::mem::{HeapPages, Region, SharedMem};
+use crate::mem::{HeapPages, Region, SharedMem, Unit};
 
 /// State of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,7 +161,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         self.region.word64(AT_MAGIC).store(MAGIC, Release);
     }
 
-    #[inline]
+    #[inline(always)]
     fn at(&self, slot: u32) -> usize {
         HEADER + slot as usize * Self::STRIDE
     }
@@ -171,14 +171,14 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     fn slots(&self) -> u32 {
         self.slots
     }
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, slot: u32, sequence: u64, req: &R) {
         let at = self.at(slot);
-        self.region.store(at + REQUEST, req);
+        self.region.store(at + REQUEST, req, const { Unit::of(16, size_of::<R>()) });
         self.region.set64(at + ANSWER, 0);
         self.region.set64(at + SEQUENCE, sequence);
     }
-    #[inline]
+    #[inline(always)]
     fn answer(&mut self, slot: u32, position: u32) {
         let note = ANSWERED | u64::from(position);
         self.region.set64(self.at(slot) + ANSWER, note);
@@ -186,7 +186,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     fn retract(&mut self, slot: u32) {
         self.region.set64(self.at(slot) + ANSWER, 0);
     }
-    #[inline]
+    #[inline(always)]
     fn clear(&mut self, slot: u32) {
         self.region.set64(self.at(slot) + SEQUENCE, 0);
     }
@@ -201,7 +201,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
         }
     }
     fn request(&self, slot: u32) -> R {
-        self.region.load(self.at(slot) + REQUEST)
+        self.region.load(self.at(slot) + REQUEST, const { Unit::of(16, size_of::<R>()) })
     }
 }
 
@@ -223,12 +223,12 @@ impl<R: FromBytes> InFlight<R> for Forget {
     fn slots(&self) -> u32 {
         self.slots
     }
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, _: u32, _: u64, _: &R) {}
-    #[inline]
+    #[inline(always)]
     fn answer(&mut self, _: u32, _: u32) {}
     fn retract(&mut self, _: u32) {}
-    #[inline]
+    #[inline(always)]
     fn clear(&mut self, _: u32) {}
     fn entry(&self, _: u32) -> Entry {
         Entry::Free

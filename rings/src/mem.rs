@@ -102,17 +102,23 @@ unsafe impl<M: SharedMem + ?Sized> SharedMem for Box<M> {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn check(offset: usize, len: usize, of: usize) {
-    let fits = offset.checked_add(len).is_some_and(|end| end <= of);
-    assert!(fits, "{len} bytes at {offset} of {of}");
+    if of < len || offset > of - len {
+        out_of_range(offset, len, of);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn out_of_range(offset: usize, len: usize, of: usize) -> ! {
+    panic!("{len} bytes at {offset} of {of}")
 }
 
 /// Copies `len` bytes out of shared memory with the widest atomics that the address allows.
 ///
 /// # Safety
 /// `from` is valid for atomic reads of `len` bytes, `to` for plain writes, and they don't overlap.
-#[inline]
 unsafe fn copy_out(from: *const u8, to: *mut u8, len: usize) {
     let from = from.cast_mut();
     let mut at = 0;
@@ -143,7 +149,6 @@ unsafe fn copy_out(from: *const u8, to: *mut u8, len: usize) {
 ///
 /// # Safety
 /// `to` is valid for atomic writes of `len` bytes, `from` for plain reads, and they don't overlap.
-#[inline]
 unsafe fn copy_in(to: *mut u8, from: *const u8, len: usize) {
     let mut at = 0;
     // SAFETY: every access is within `len` bytes; atomics are aligned by the conditions.
@@ -165,6 +170,33 @@ unsafe fn copy_in(to: *mut u8, from: *const u8, len: usize) {
         while at < len {
             AtomicU8::from_ptr(to.add(at)).store(from.add(at).read(), Relaxed);
             at += 1;
+        }
+    }
+}
+
+/// How many bytes are copied at once. Known where the code is made, so that a copy is unrolled
+/// and, where its user looks at a few fields only, never goes through memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Unit {
+    Eight,
+    Four,
+    One,
+}
+
+impl Unit {
+    /// The largest for values of `size` bytes, `stride` apart from a multiple of 16.
+    pub(crate) const fn of(stride: usize, size: usize) -> Unit {
+        match (stride | size) % 8 {
+            0 => Unit::Eight,
+            4 => Unit::Four,
+            _ => Unit::One,
+        }
+    }
+    const fn bytes(self) -> usize {
+        match self {
+            Unit::Eight => 8,
+            Unit::Four => 4,
+            Unit::One => 1,
         }
     }
 }
@@ -197,7 +229,7 @@ impl<M: SharedMem> Region<M> {
         &self.owner
     }
     /// The word at `offset`, which is in range and a multiple of 4.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
         check(offset, 4, self.len);
         assert!(offset.is_multiple_of(4));
@@ -205,7 +237,7 @@ impl<M: SharedMem> Region<M> {
         unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
     }
     /// The double word at `offset`, which is in range and a multiple of 8.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
         check(offset, 8, self.len);
         assert!(offset.is_multiple_of(8));
@@ -213,31 +245,70 @@ impl<M: SharedMem> Region<M> {
         unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
     }
     /// Stores the double word at `offset` after everything stored before it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set64(&self, offset: usize, value: u64) {
         kill_point();
         self.word64(offset).store(value, Release);
     }
-    /// Copies a value out of the range at `offset`.
-    #[inline]
-    pub(crate) fn load<T: FromBytes>(&self, offset: usize) -> T {
-        check(offset, size_of::<T>(), self.len);
+    #[inline(always)]
+    fn check_unit(&self, offset: usize, len: usize, unit: Unit) {
+        check(offset, len, self.len);
+        assert!(offset.is_multiple_of(unit.bytes()) && len.is_multiple_of(unit.bytes()));
+    }
+    /// Copies a value out of the range at `offset`; `unit` divides its size and offset.
+    #[inline(always)]
+    pub(crate) fn load<T: FromBytes>(&self, offset: usize, unit: Unit) -> T {
+        let len = size_of::<T>();
+        self.check_unit(offset, len, unit);
         let mut value = MaybeUninit::<T>::uninit();
-        // SAFETY: in range; every byte of the value is written, and FromBytes says that any
-        // bytes are a valid T.
+        let to = value.as_mut_ptr().cast::<u8>();
+        // SAFETY: in range and aligned by the checks (the base is page-aligned); every byte of
+        // the value is written, and FromBytes says that any bytes are a valid T.
         unsafe {
-            copy_out(self.base.add(offset), value.as_mut_ptr().cast(), size_of::<T>());
+            let from = self.base.add(offset);
+            for at in (0..len).step_by(unit.bytes()) {
+                match unit {
+                    Unit::Eight => {
+                        let word = AtomicU64::from_ptr(from.add(at).cast()).load(Relaxed);
+                        to.add(at).cast::<u64>().write_unaligned(word);
+                    }
+                    Unit::Four => {
+                        let word = AtomicU32::from_ptr(from.add(at).cast()).load(Relaxed);
+                        to.add(at).cast::<u32>().write_unaligned(word);
+                    }
+                    Unit::One => to.add(at).write(AtomicU8::from_ptr(from.add(at)).load(Relaxed)),
+                }
+            }
             value.assume_init()
         }
     }
-    /// Copies a value into the range at `offset`.
-    #[inline]
-    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
+    /// Copies a value into the range at `offset`; `unit` divides its size and offset.
+    #[inline(always)]
+    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T, unit: Unit) {
         kill_point();
-        check(offset, size_of::<T>(), self.len);
-        let bytes = value.as_bytes();
-        // SAFETY: in range; the value's bytes are all initialised, as IntoBytes says.
-        unsafe { copy_in(self.base.add(offset), bytes.as_ptr(), bytes.len()) }
+        let len = size_of::<T>();
+        self.check_unit(offset, len, unit);
+        let from = core::ptr::from_ref(value).cast::<u8>();
+        // SAFETY: in range and aligned by the checks; the value's bytes are all initialised, as
+        // IntoBytes says.
+        unsafe {
+            let to = self.base.add(offset);
+            for at in (0..len).step_by(unit.bytes()) {
+                match unit {
+                    Unit::Eight => {
+                        let word = from.add(at).cast::<u64>().read_unaligned();
+                        AtomicU64::from_ptr(to.add(at).cast()).store(word, Relaxed);
+                    }
+                    Unit::Four => {
+                        let word = from.add(at).cast::<u32>().read_unaligned();
+                        AtomicU32::from_ptr(to.add(at).cast()).store(word, Relaxed);
+                    }
+                    Unit::One => {
+                        AtomicU8::from_ptr(to.add(at)).store(from.add(at).read(), Relaxed);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -25,9 +25,16 @@ fn copies_of_every_alignment_and_length_are_exact() {
 fn typed_values_round_trip() {
     let region = Region::new(HeapPages::new(1));
     let value = [1u32, 2, 3, 4, 5];
-    region.store(64, &value);
-    assert_eq!(region.load::<[u32; 5]>(64), value);
-    assert_eq!(region.load::<u32>(68), 2);
+    region.store(64, &value, Unit::of(4, 20));
+    for unit in [Unit::Four, Unit::One] {
+        assert_eq!(region.load::<[u32; 5]>(64, unit), value);
+    }
+    assert_eq!(region.load::<u32>(68, Unit::Four), 2);
+    region.store(128, &[7u64, 8], Unit::of(24, 16));
+    assert_eq!(region.load::<[u64; 2]>(128, Unit::Eight), [7, 8]);
+    assert_eq!(region.load::<[u32; 4]>(128, Unit::One), [7, 0, 8, 0]);
+    region.store(131, &[9u8; 3], Unit::of(3, 3));
+    assert_eq!(region.word(132).load(Relaxed), 0x0909);
     assert_eq!(region.word(72).load(Relaxed), 3);
     assert_eq!(region.word64(64).load(Relaxed), 1 | 2 << 32);
 }
@@ -59,4 +66,16 @@ fn both_holders_of_an_arc_see_one_memory() {
     let mut byte = [0];
     b.copy_out(4096, &mut byte);
     assert_eq!((byte[0], b.length(), b.is_empty()), (7, 8192, false));
+}
+
+#[test]
+fn the_unit_divides_size_and_stride() {
+    for stride in 1..40 {
+        for size in 1..40 {
+            let unit = Unit::of(stride, size).bytes();
+            let largest = [8, 4, 1].into_iter().find(|u| stride % u == 0 && size % u == 0);
+            // 8 and 12 have 4 in common although their bitwise or is no multiple of it alone.
+            assert_eq!(Some(unit), largest, "{stride} {size}");
+        }
+    }
 }

@@ -24,8 +24,8 @@ impl Word for LoomWord {
     fn store(&self, value: u32, order: Ordering) {
         self.0.store(value, order);
     }
-    fn fence(order: Ordering) {
-        loom::sync::atomic::fence(order);
+    fn fence() {
+        loom::sync::atomic::fence(Ordering::SeqCst);
     }
 }
 

@@ -5,6 +5,8 @@
 #![allow(unsafe_code)]
 
 mod c_ring;
+#[path = "c_ring/roundtrip.rs"]
+mod roundtrip;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -286,4 +288,17 @@ fn the_comparison_notices_a_byte() {
     assert!(content(&a.page) == content(&b.page));
     a.page.write(4000, &[1]);
     assert!(content(&a.page) != content(&b.page));
+}
+
+#[test]
+fn the_round_trips_that_the_benchmark_compares_do_the_same() {
+    let c = c();
+    for (pages, batch) in [(1, 1), (1, 7), (1, 40), (16, 512)] {
+        let page = Arc::new(HeapPages::new(pages));
+        // SAFETY: the page outlives the call, and nobody else uses it meanwhile.
+        let expected = unsafe { (c.roundtrips)(page.base(), page.len(), 300, batch) };
+        let table = Table::on_heap(rings::slot_count::<Toy>(pages));
+        let ours = roundtrip::rust_roundtrips(&page, table, 300, batch);
+        assert_eq!(ours, Ok(expected), "{pages} pages, batch {batch}");
+    }
 }

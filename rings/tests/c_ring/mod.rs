@@ -1,6 +1,6 @@
 //! Xen's ring macros, compiled from the header of libxen-dev and loaded into this process.
-// Calls into C by address.
-#![allow(unsafe_code)]
+// Calls into C by address; the example and the test each use a part of it.
+#![allow(unsafe_code, dead_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::os::unix::ffi::OsStrExt;

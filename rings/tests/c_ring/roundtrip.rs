@@ -1,0 +1,54 @@
+//! The round trip of `c_roundtrips` in `ring.c`, with this crate's ends.
+
+use std::sync::Arc;
+
+use rings::mem::HeapPages;
+use rings::{BackRing, Corrupt, FrontRing, InFlight, Notify, Pending, Slot};
+
+use super::c_ring::Toy;
+
+/// `rounds` round trips of `batch` requests over `page`, both ends in this thread; the sum of
+/// what came back and the number of notifications.
+pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
+    page: &Arc<HeapPages>,
+    table: T,
+    rounds: u64,
+    batch: u32,
+) -> Result<u64, Corrupt> {
+    let mut front = FrontRing::<Toy, _>::init(page.clone(), Default::default()).expect("a ring");
+    let (mut back, _) =
+        BackRing::<Toy, _, T>::attach(page.clone(), table, Default::default()).expect("a ring");
+    // What a backend keeps of a request of its own: here, the words that the answer needs.
+    let mut held: Vec<(Slot, u64, u64)> = Vec::with_capacity(back.slots() as usize);
+    let (mut sum, mut id, mut events) = (0u64, 0u64, 0u64);
+    for _ in 0..rounds {
+        for _ in 0..batch {
+            if front.push(&std::array::from_fn(|i| id + i as u64)).is_err() {
+                break;
+            }
+            id += 1;
+        }
+        events += u64::from(front.publish() == Notify::Send);
+        loop {
+            while let Some(taken) = back.take()? {
+                held.push((taken.slot, taken.req[0], taken.req[13]));
+            }
+            while let Some((slot, first, last)) = held.pop() {
+                back.respond(slot, &[first, last]);
+            }
+            events += u64::from(back.publish() == Notify::Send);
+            if back.arm()? == Pending::Nothing {
+                break;
+            }
+        }
+        loop {
+            while let Some(rsp) = front.take()? {
+                sum = sum.wrapping_add(rsp[0] ^ rsp[1]);
+            }
+            if front.arm()? == Pending::Nothing {
+                break;
+            }
+        }
+    }
+    Ok(sum.wrapping_add(events))
+}
