@@ -275,7 +275,8 @@ impl Engine {
         let mut left = timeout;
         loop {
             self.arm(fds)?;
-            if !self.ops.ready.is_empty() || (fds.is_empty() && self.idle(timeout)) {
+            let ready = !self.ops.ready.is_empty() || self.watches.pending();
+            if ready || (fds.is_empty() && self.idle(timeout)) {
                 self.submit_or_look()?;
                 self.reap();
                 return Ok(self.watches.take());
@@ -446,14 +447,18 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let drained = self.ops.busy() == 0 || self.drain().is_ok();
+        let quiet = (self.ops.busy() == 0 || self.drain().is_ok()) && self.unwatch().is_ok();
+        // Otherwise it is another thread's ring: closing it cancels what can be cancelled, and
+        // the rest ends by itself. The kernel takes a ring apart in the background (some 50 ms);
+        // giving the files back before spares waiting for that.
+        if quiet {
+            let _ = self.ring.submitter().unregister_files();
+        }
         // SAFETY: not used again.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
-        if !drained {
-            // Another thread's ring: closing it cancels what can be cancelled; the rest ends by
-            // itself, and until then neither the buffers nor the segments may go.
-            self.fence.wait();
-        }
+        // Until the kernel is done, requests may use the buffers, and the files stay open and
+        // locked.
+        self.fence.wait();
     }
 }
 

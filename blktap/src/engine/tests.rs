@@ -1,6 +1,6 @@
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
@@ -286,35 +286,47 @@ fn short_reads_go_on_where_they_stopped() {
     }
 }
 
+/// Replaces the one completion that is there by another result.
+fn replace_completion(engine: &mut Engine, res: i32) {
+    let cqe = engine.ring.completion().next().expect("a completion");
+    let mut sq = engine.ring.submission();
+    engine.ops.complete(cqe.user_data() as u32, res, &mut sq, &engine.counters);
+}
+
 #[test]
-fn a_nonblocking_descriptor_that_says_again_is_tried_again() {
-    let (r, mut w) = slow();
-    rustix::io::ioctl_fionbio(&r, true).expect("nonblocking");
-    let mut engine = engine_on(r, 2, RingMode::Deferred);
-    let mut memory = [0u8; 4];
-    let bufs = [buf(&mut memory)];
-    engine.start(&transfer(EngineOp::Read, 0, &bufs, 1)).expect("room");
-    let mut done = Vec::new();
-    // Nothing there: EAGAIN, up to the limit; then the error is the answer.
-    while done.is_empty() {
-        engine.wait(&[], Some(Duration::from_millis(20))).expect("wait");
+fn again_and_interrupted_are_tried_again_up_to_a_limit() {
+    for errno in [libc::EAGAIN, libc::EINTR] {
+        let file = tempfile::tempfile().expect("a file");
+        file.write_all_at(b"here", 0).expect("fill");
+        let mut engine = engine_on(file, 2, RingMode::Deferred);
+        let mut memory = [0u8; 4];
+        let bufs = [buf(&mut memory)];
+        engine.start(&transfer(EngineOp::Read, 0, &bufs, 1)).expect("room");
+        let mut done = Vec::new();
+        engine.enter(1, None).expect("enter");
+        replace_completion(&mut engine, -errno);
+        while done.is_empty() {
+            engine.wait(&[], None).expect("wait");
+            engine.poll(&mut done).expect("poll");
+        }
+        assert_eq!((done[0], &memory), (Done { token: 1, errno: 0 }, b"here"));
+        assert_eq!(engine.counters().retried.get(), 1);
+
+        engine.start(&transfer(EngineOp::Read, 0, &bufs, 2)).expect("room");
+        let mut tries = 0;
+        while engine.ops.busy() > 0 {
+            engine.enter(1, None).expect("enter");
+            replace_completion(&mut engine, -errno);
+            tries += 1;
+        }
+        assert_eq!(tries, 101);
         engine.poll(&mut done).expect("poll");
+        assert_eq!(done[1], Done { token: 2, errno });
     }
-    assert_eq!(done, [Done { token: 1, errno: libc::EAGAIN }]);
-    assert!(engine.counters().retried.get() > 10);
-    w.write_all(b"here").expect("write");
-    engine.start(&transfer(EngineOp::Read, 0, &bufs, 2)).expect("room");
-    done.clear();
-    while done.is_empty() {
-        engine.wait(&[], None).expect("wait");
-        engine.poll(&mut done).expect("poll");
-    }
-    assert_eq!((done[0].errno, &memory), (0, b"here"));
 }
 
 #[test]
 fn zeroing_falls_back_to_writing() {
-    // A pipe can neither zero a range nor punch a hole; it takes written zeroes.
     let file = tempfile::tempfile().expect("a file");
     file.write_all_at(&[1; 300_000], 0).expect("fill");
     let seen = file.try_clone().expect("dup");
@@ -374,12 +386,4 @@ fn refusals_name_the_remedy() {
     let e = io::Error::from(SetupError::explain(libc::EPERM, 2, None));
     assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
     assert!(e.to_string().contains("sysctl"));
-}
-
-#[test]
-fn descriptors_that_run_out_are_reported() {
-    // The ring itself fails, or the fence's pipe: either way the limit is named.
-    let held: Vec<OwnedFd> = Vec::new();
-    drop(held);
-    assert_eq!(SetupError::explain(libc::EMFILE, 0, None), SetupError::Descriptors);
 }

@@ -104,6 +104,11 @@ impl Watches {
         }
     }
 
+    /// Whether a descriptor of the present set has an event that was not taken yet.
+    pub(super) fn pending(&self) -> bool {
+        self.slots.iter().any(|w| w.state == State::Fired && w.bit != ABSENT)
+    }
+
     /// The descriptors of the present set with an event since the last call, a bit each.
     pub(super) fn take(&mut self) -> u64 {
         let mut bits = 0;
