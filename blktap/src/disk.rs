@@ -8,8 +8,9 @@ mod raw;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
+
+use perf::Handle;
 
 use crate::engine::EngineCounters;
 pub use mem::MemDisk;
@@ -168,19 +169,24 @@ pub trait DiskQueue: Send {
     /// readable, or `timeout` is over (`None`: no limit). Returns a bit for each readable fd.
     /// May return earlier (a signal). Errors and hang-ups of a descriptor count as readable.
     ///
-    /// The set is remembered between calls by position and number: the kernel keeps watching,
-    /// and so keeps open, the descriptors of the last call. Before one of them is closed, call
-    /// [`unwatch`](Self::unwatch), or `wait` with a set that has another one in its place.
+    /// The kernel keeps watching, and so keeps open, the descriptors of earlier calls, which
+    /// are known by their numbers. Before one of them is closed, call
+    /// [`unwatch`](Self::unwatch): a new descriptor with an old one's number would not be
+    /// watched.
     fn wait(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64>;
-    /// Lets go of all descriptors of the last `wait`.
+    /// Lets go of all descriptors of earlier `wait`s.
     fn unwatch(&mut self) -> io::Result<()> {
         Ok(())
     }
     /// Requests taken and not yet polled as done.
     fn in_flight(&self) -> u32;
     /// The counters of the engine below, where there is one.
-    fn counters(&self) -> Option<Arc<EngineCounters>> {
+    fn counters(&self) -> Option<Handle<EngineCounters>> {
         None
+    }
+    /// Makes the engine below, where there is one, count into `counters` (of a stats page).
+    fn count_in(&mut self, counters: Handle<EngineCounters>) {
+        drop(counters);
     }
 }
 

@@ -24,9 +24,10 @@ use std::sync::atomic::AtomicI32;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
+use perf::Handle;
 use rustix::event::{PollFd, PollFlags, poll};
 
-pub use counters::{Counter, EngineCounters};
+pub use counters::EngineCounters;
 pub use setup::{RingMode, SetupError};
 pub use watch::MAX_WATCHES;
 
@@ -125,6 +126,18 @@ pub struct EngineConfig {
     pub newest: RingMode,
 }
 
+/// Tries io_uring out: a word on the mode that queues will have, or why there will be none.
+pub fn doctor() -> Result<String, SetupError> {
+    let engine =
+        Engine::new(EngineConfig { depth: 1, files: Vec::new(), newest: RingMode::Deferred })?;
+    Ok(match engine.mode() {
+        RingMode::Deferred => "works (deferred completions)",
+        RingMode::Cooperative => "works (cooperative completions; Linux 6.1 has better)",
+        RingMode::Plain => "works (interrupting completions; Linux 6.1 has better)",
+    }
+    .to_owned())
+}
+
 /// Why an enter came back.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Woken {
@@ -144,7 +157,7 @@ pub struct Engine {
     helper_armed: bool,
     watches: Watches,
     ops: Ops,
-    counters: Arc<EngineCounters>,
+    counters: Handle<EngineCounters>,
 }
 
 // SAFETY: the addresses it holds are its own allocations and buffers whose makers promised that
@@ -166,9 +179,9 @@ impl Engine {
             mode: made.mode,
             enabled: false,
             helper_armed: false,
-            watches: Watches::new(),
+            watches: Watches::new(TAG_WATCH, TAG_IGNORE),
             ops: Ops::new(depth, config.files),
-            counters: Arc::default(),
+            counters: Handle::default(),
         })
     }
 
@@ -178,8 +191,13 @@ impl Engine {
     }
 
     /// What the engine counts; readable from any thread.
-    pub fn counters(&self) -> &Arc<EngineCounters> {
+    pub fn counters(&self) -> &Handle<EngineCounters> {
         &self.counters
+    }
+
+    /// Counts into `counters` (in a stats page, say) from now on.
+    pub fn count_in(&mut self, counters: Handle<EngineCounters>) {
+        self.counters = counters;
     }
 
     /// Requests started and not yet polled as done.
@@ -257,7 +275,8 @@ impl Engine {
         let mut left = timeout;
         loop {
             self.arm(fds)?;
-            if !self.ops.ready.is_empty() || (fds.is_empty() && self.idle(timeout)) {
+            let ready = !self.ops.ready.is_empty() || self.watches.pending();
+            if ready || (fds.is_empty() && self.idle(timeout)) {
                 self.submit_or_look()?;
                 self.reap();
                 return Ok(self.watches.take());
@@ -280,11 +299,21 @@ impl Engine {
         }
     }
 
-    /// Stops watching `fd` and makes the kernel let go of it. Needed before a descriptor of the
-    /// last `wait` is closed while its number may be used again.
-    pub fn unwatch_all(&mut self) -> io::Result<()> {
-        self.arm(&[])?;
-        self.submit()
+    /// Stops watching every descriptor and makes the kernel let go of them. Needed before one
+    /// of them is closed while its number may be used again.
+    pub fn unwatch(&mut self) -> io::Result<()> {
+        let mut sq = self.ring.submission();
+        // SAFETY: a removal names no memory.
+        let fits = self.watches.forget(|entry| unsafe { sq.push(&entry) }.is_ok());
+        drop(sq);
+        if !fits {
+            return Err(io::Error::other("no room to let go of descriptors"));
+        }
+        self.submit()?;
+        // A removed poll lets go of its file when its completion runs.
+        self.submit_or_look()?;
+        self.reap();
+        Ok(())
     }
 
     /// Whether there is nothing at all to wait for.
@@ -303,7 +332,7 @@ impl Engine {
         self.watch_helper();
         let mut sq = self.ring.submission();
         let counters = &self.counters;
-        let fits = self.watches.arm(fds, TAG_WATCH, TAG_IGNORE, |entry| {
+        let fits = self.watches.arm(fds, |entry| {
             counters.polls.add(1);
             // SAFETY: a poll or its removal names no memory.
             unsafe { sq.push(&entry) }.is_ok()
@@ -380,7 +409,7 @@ impl Engine {
             let data = cqe.user_data();
             match data & TAG {
                 0 => self.ops.complete(data as u32, cqe.result(), &mut sq, &self.counters),
-                TAG_WATCH => self.watches.fired(data & !TAG),
+                TAG_WATCH => self.watches.fired(data),
                 TAG_HELPER => {
                     self.helper_armed = false;
                     if let Some(helper) = &self.ops.helper {
@@ -418,14 +447,18 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        let drained = self.ops.busy() == 0 || self.drain().is_ok();
+        let quiet = (self.ops.busy() == 0 || self.drain().is_ok()) && self.unwatch().is_ok();
+        // Otherwise it is another thread's ring: closing it cancels what can be cancelled, and
+        // the rest ends by itself. The kernel takes a ring apart in the background (some 50 ms);
+        // giving the files back before spares waiting for that.
+        if quiet {
+            let _ = self.ring.submitter().unregister_files();
+        }
         // SAFETY: not used again.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
-        if !drained {
-            // Another thread's ring: closing it cancels what can be cancelled; the rest ends by
-            // itself, and until then neither the buffers nor the segments may go.
-            self.fence.wait();
-        }
+        // Until the kernel is done, requests may use the buffers, and the files stay open and
+        // locked.
+        self.fence.wait();
     }
 }
 

@@ -4,3 +4,4 @@ pub mod disk;
 pub mod engine;
 pub mod storage;
 pub use disk::*;
+pub use engine::doctor;

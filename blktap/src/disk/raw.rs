@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use perf::Handle;
+
 use super::{Disk, DiskQueue, Done, Full, Geometry, Op, Request};
 use crate::engine::{
     Durability, Engine, EngineConfig, EngineCounters, EngineFile, EngineOp, FileKind, RingMode,
@@ -176,12 +178,15 @@ impl DiskQueue for RawQueue {
         self.engine.wait(fds, timeout)
     }
     fn unwatch(&mut self) -> io::Result<()> {
-        self.engine.unwatch_all()
+        self.engine.unwatch()
     }
     fn in_flight(&self) -> u32 {
         self.engine.in_flight()
     }
-    fn counters(&self) -> Option<Arc<EngineCounters>> {
-        Some(Arc::clone(self.engine.counters()))
+    fn counters(&self) -> Option<Handle<EngineCounters>> {
+        Some(self.engine.counters().clone())
+    }
+    fn count_in(&mut self, counters: Handle<EngineCounters>) {
+        self.engine.count_in(counters);
     }
 }

@@ -8,6 +8,9 @@ use io_uring::{opcode, types};
 /// Most descriptors that one `wait` takes: one bit each in its answer.
 pub const MAX_WATCHES: usize = 64;
 
+/// Not in the present set.
+const ABSENT: u8 = u8::MAX;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Idle,
@@ -20,52 +23,54 @@ struct Watch {
     fd: RawFd,
     generation: u32,
     state: State,
+    /// Its bit in the present set.
+    bit: u8,
 }
 
-/// The descriptors of the last `wait`, by position.
+/// The descriptors of this and earlier `wait`s, by number. One that is absent from the present
+/// set stays armed, for sets alternate; its event is then not reported but looked for again.
 pub(super) struct Watches {
     slots: Vec<Watch>,
     generation: u32,
+    tag: u64,
+    ignore: u64,
 }
 
 impl Watches {
-    pub(super) fn new() -> Self {
-        Watches { slots: Vec::with_capacity(MAX_WATCHES), generation: 0 }
+    /// Polls carry the user data `tag | generation << 8 | slot`, their removals `ignore`.
+    pub(super) fn new(tag: u64, ignore: u64) -> Self {
+        Watches { slots: Vec::with_capacity(MAX_WATCHES), generation: 0, tag, ignore }
     }
 
-    /// Makes the watched set equal to `fds` and arms what is not armed. `push` gets the polls,
-    /// and the removals of polls that are no longer wanted; a poll's user data is
-    /// `tag | generation << 8 | position`.
+    /// Makes `fds` the present set and arms what is not armed. `push` says whether there was
+    /// room for an entry; so does the answer for all of them.
     pub(super) fn arm(
         &mut self,
         fds: &[BorrowedFd<'_>],
-        tag: u64,
-        ignore: u64,
         mut push: impl FnMut(Entry) -> bool,
     ) -> bool {
-        let mut fits = true;
-        while self.slots.len() > fds.len() {
-            if let Some(old) = self.slots.pop() {
-                fits &= remove(&old, self.slots.len(), tag, ignore, &mut push);
-            }
+        for watch in &mut self.slots {
+            watch.bit = ABSENT;
         }
-        for (at, fd) in fds.iter().enumerate() {
+        let known = |slots: &[Watch], fd| slots.iter().any(|w| w.fd == fd);
+        let fresh = fds.iter().filter(|fd| !known(&self.slots, fd.as_raw_fd())).count();
+        let mut fits = true;
+        if self.slots.len() + fresh > MAX_WATCHES {
+            fits = self.forget(&mut push);
+        }
+        for (bit, fd) in fds.iter().enumerate() {
             let fd = fd.as_raw_fd();
-            match self.slots.get(at).copied() {
-                Some(old) if old.fd == fd => {}
-                Some(old) => {
-                    fits &= remove(&old, at, tag, ignore, &mut push);
-                    self.slots[at] = self.fresh(fd);
-                }
-                None => {
-                    let fresh = self.fresh(fd);
-                    self.slots.push(fresh);
-                }
-            }
+            let at = self.slots.iter().position(|w| w.fd == fd).unwrap_or_else(|| {
+                let generation = self.generation;
+                self.slots.push(Watch { fd, generation, state: State::Idle, bit: ABSENT });
+                self.slots.len() - 1
+            });
             let watch = &mut self.slots[at];
+            watch.bit = bit as u8;
             if watch.state == State::Idle {
                 let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build();
-                let armed = push(poll.user_data(mark(watch, at, tag)));
+                let mark = self.tag | u64::from(watch.generation) << 8 | at as u64;
+                let armed = push(poll.user_data(mark));
                 fits &= armed;
                 watch.state = if armed { State::Armed } else { State::Idle };
             }
@@ -73,14 +78,24 @@ impl Watches {
         fits
     }
 
-    fn fresh(&mut self, fd: RawFd) -> Watch {
+    /// Removes every watch.
+    pub(super) fn forget(&mut self, mut push: impl FnMut(Entry) -> bool) -> bool {
+        let mut fits = true;
+        for (at, watch) in self.slots.drain(..).enumerate() {
+            if watch.state == State::Armed {
+                let mark = self.tag | u64::from(watch.generation) << 8 | at as u64;
+                let removal = opcode::PollRemove::new(mark).build();
+                fits &= push(removal.user_data(self.ignore));
+            }
+        }
         self.generation = self.generation.wrapping_add(1);
-        Watch { fd, generation: self.generation, state: State::Idle }
+        fits
     }
 
-    /// A poll's completion, by its user data without the tag. One of an earlier generation is
-    /// of a descriptor that is no longer watched.
-    pub(super) fn fired(&mut self, mark: u64) {
+    /// A poll's completion, by its user data. One of an earlier generation is of a descriptor
+    /// that is no longer watched.
+    pub(super) fn fired(&mut self, data: u64) {
+        let mark = data & !self.tag;
         let (at, generation) = ((mark & 0xff) as usize, (mark >> 8) as u32);
         if let Some(watch) = self.slots.get_mut(at)
             && watch.generation == generation
@@ -89,30 +104,22 @@ impl Watches {
         }
     }
 
-    /// The descriptors with an event since the last call, a bit each.
+    /// Whether a descriptor of the present set has an event that was not taken yet.
+    pub(super) fn pending(&self) -> bool {
+        self.slots.iter().any(|w| w.state == State::Fired && w.bit != ABSENT)
+    }
+
+    /// The descriptors of the present set with an event since the last call, a bit each.
     pub(super) fn take(&mut self) -> u64 {
         let mut bits = 0;
-        for (at, watch) in self.slots.iter_mut().enumerate() {
+        for watch in &mut self.slots {
             if watch.state == State::Fired {
-                bits |= 1 << at;
                 watch.state = State::Idle;
+                if watch.bit != ABSENT {
+                    bits |= 1 << watch.bit;
+                }
             }
         }
         bits
     }
-}
-
-fn mark(watch: &Watch, at: usize, tag: u64) -> u64 {
-    tag | u64::from(watch.generation) << 8 | at as u64
-}
-
-fn remove(
-    old: &Watch,
-    at: usize,
-    tag: u64,
-    ignore: u64,
-    push: &mut impl FnMut(Entry) -> bool,
-) -> bool {
-    old.state != State::Armed
-        || push(opcode::PollRemove::new(mark(old, at, tag)).build().user_data(ignore))
 }
