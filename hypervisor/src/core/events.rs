@@ -66,12 +66,7 @@ struct Table {
 
 impl Table {
     fn new() -> Self {
-        Table {
-            channels: vec![Channel::Free],
-            pending: [0; WORDS],
-            mask: [0; WORDS],
-            selector: 0,
-        }
+        Table { channels: vec![Channel::Free], pending: [0; WORDS], mask: [0; WORDS], selector: 0 }
     }
     fn get(&self, port: Port) -> Channel {
         self.channels.get(port as usize).copied().unwrap_or(Channel::Free)
@@ -169,9 +164,7 @@ impl Events {
         if there != (Channel::Unbound { remote: local }) {
             return Err(EventError::BadPort);
         }
-        let port = self
-            .table(local)?
-            .alloc(Channel::Interdomain { remote, port: remote_port })?;
+        let port = self.table(local)?.alloc(Channel::Interdomain { remote, port: remote_port })?;
         self.table(remote)?.channels[remote_port as usize] =
             Channel::Interdomain { remote: local, port };
         self.table(local)?.raise(port);

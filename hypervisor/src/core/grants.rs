@@ -183,12 +183,7 @@ impl GrantTable {
     }
 
     /// Whether `caller` may use `gref` so; the frame if it may. This is all that a copy needs.
-    pub fn check(
-        &self,
-        caller: DomId,
-        gref: GrantRef,
-        access: Access,
-    ) -> Result<u32, GrantError> {
+    pub fn check(&self, caller: DomId, gref: GrantRef, access: Access) -> Result<u32, GrantError> {
         let entry = self.entries.get(gref as usize).ok_or(GrantError::BadReference)?;
         if entry.flags & GTF_PERMIT_ACCESS == 0 {
             return Err(GrantError::NotGranted);

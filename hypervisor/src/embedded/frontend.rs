@@ -102,8 +102,7 @@ impl Arena {
         if access == Access::ReadOnly {
             link.call(&Request::SealArena { arena: id })?;
         }
-        let room =
-            Room { free: BTreeMap::from([(0, pages)]), fresh: 0, lingering: Vec::new() };
+        let room = Room { free: BTreeMap::from([(0, pages)]), fresh: 0, lingering: Vec::new() };
         Ok(Arena { id, region, link, room: Mutex::new(room) })
     }
 

@@ -55,8 +55,7 @@ impl GrantHandle {
         let fresh = fields.u32().ok_or_else(malformed)?;
         let mut arenas = self.arenas.lock();
         for _ in 0..fresh {
-            let (arena, _pages) =
-                fields.u32().zip(fields.u32()).ok_or_else(malformed)?;
+            let (arena, _pages) = fields.u32().zip(fields.u32()).ok_or_else(malformed)?;
             arenas.insert(arena, reply.fd()?);
         }
         let place = |_| {

@@ -254,9 +254,7 @@ impl Request {
             Request::Open { endpoint: Endpoint::Store } => w.u16(5).u16(1),
             Request::OpenArena { peer, access } => w.u16(6).u16(*peer).u16(access_code(*access)),
             Request::SealArena { arena } => w.u16(7).u32(*arena),
-            Request::Grant { arena, first, count } => {
-                w.u16(8).u32(*arena).u32(*first).u32(*count)
-            }
+            Request::Grant { arena, first, count } => w.u16(8).u32(*arena).u32(*first).u32(*count),
             Request::EndAccess { refs } => put_refs(w.u16(9), refs),
             Request::AllocUnbound { peer } => w.u16(10).u16(*peer),
             Request::Bind { domid, port } => w.u16(11).u16(*domid).u32(*port),

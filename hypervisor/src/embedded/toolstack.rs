@@ -34,12 +34,7 @@ impl Toolstack {
 
     /// Creates a domain with its nodes in the store, introduces it, and says its number. Until
     /// it has been connected it ends with this connection. EEXIST: the number is taken.
-    pub fn create_domain(
-        &self,
-        domid: Option<DomId>,
-        kind: Kind,
-        name: &str,
-    ) -> io::Result<DomId> {
+    pub fn create_domain(&self, domid: Option<DomId>, kind: Kind, name: &str) -> io::Result<DomId> {
         let request = Request::CreateDomain { domid, kind, name: name.to_owned() };
         self.link.call(&request)?.fields().u16().ok_or_else(malformed)
     }

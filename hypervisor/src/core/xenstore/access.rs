@@ -19,12 +19,7 @@ pub(super) fn get(
     }
 }
 
-fn absent(
-    view: &mut View<'_>,
-    asker: Asker,
-    path: &str,
-    wanted: Rights,
-) -> Result<Errno, Errno> {
+fn absent(view: &mut View<'_>, asker: Asker, path: &str, wanted: Rights) -> Result<Errno, Errno> {
     let mut folder = path;
     while folder != "/" {
         folder = path::parent(folder);

@@ -86,8 +86,7 @@ impl Store {
             0 => None,
             _ => Some(conn.transactions.get_mut(&tx_id).ok_or(Errno::ENOENT)?),
         };
-        let max_nodes =
-            if asker.is_privileged() { usize::MAX } else { limits::TRANSACTION_NODES };
+        let max_nodes = if asker.is_privileged() { usize::MAX } else { limits::TRANSACTION_NODES };
         let view = View { tree: &mut self.tree, tx, fires: &mut self.fires, max_nodes };
         Ok(Call { view, asker, home: conn.home.as_deref() })
     }

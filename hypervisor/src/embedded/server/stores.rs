@@ -198,9 +198,7 @@ impl Server {
             touched.sort_by_key(|(token, fate)| (*token, *fate == Fate::Keep));
             touched.dedup_by_key(|(token, _)| *token);
             for (token, mut fate) in touched.drain(..) {
-                if let (Fate::Keep, Some(Conn::Store(conn))) =
-                    (fate, self.conns.get_mut(&token))
-                {
+                if let (Fate::Keep, Some(Conn::Store(conn))) = (fate, self.conns.get_mut(&token)) {
                     fate = conn.flush();
                 }
                 self.settle(token, fate);
