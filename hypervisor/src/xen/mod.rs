@@ -12,9 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::store::Client;
-use crate::{
-    Access, DomId, EventChannel, GrantedPages, Grants, Guest, Hypervisor, Port,
-};
+use crate::{Access, DomId, EventChannel, GrantedPages, Grants, Guest, Hypervisor, Port};
 use evtchn::Evtchn;
 
 const GNTDEV: &str = "/dev/xen/gntdev";
@@ -106,4 +104,3 @@ impl Guest for Xen {
         Ok(Box::new(Evtchn::alloc_unbound(open(EVTCHN, "xen-evtchn")?, peer)?))
     }
 }
-

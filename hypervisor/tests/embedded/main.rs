@@ -3,6 +3,9 @@
 #![allow(unsafe_code, clippy::unwrap_used)]
 
 mod agent;
+mod hostile;
+mod liveness;
+mod tools;
 
 use agent::Rig;
 use hypervisor::core::domains::Kind;
@@ -49,7 +52,7 @@ fn maps_copies_and_events() {
     assert_eq!(guest.ask("wait 0 1000"), "true");
     assert_eq!(guest.ask("ack 0"), "true");
 
-    guest.ask(&format!("write data/x hello"));
+    guest.ask("write data/x hello");
     assert_eq!(backend.ask(&format!("read /local/domain/{domid}/data/x")), "hello");
     assert_eq!(backend.ask("maps"), "3");
     backend.ask("unmap 0");

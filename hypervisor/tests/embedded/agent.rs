@@ -53,14 +53,23 @@ fn spawn(role: &str, dir: &Path, stdin: Stdio) -> (Child, PathBuf, UnixListener)
 impl Rig {
     pub(crate) fn start() -> Rig {
         let dir = tempfile::tempdir().unwrap();
-        let run = dir.path().join("run");
-        let (stop_read, stop_write) =
-            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let (hypervisor, control, _) = spawn("hypervisor", &run, Stdio::from(stop_read));
-        std::fs::remove_dir_all(control).unwrap();
-        let rig = Rig { dir, hypervisor, stop: Some(stop_write) };
+        let (hypervisor, stop) = Rig::hypervisor(&dir.path().join("run"));
+        let rig = Rig { dir, hypervisor, stop: Some(stop) };
         until("the hypervisor listens", || Toolstack::connect(&rig.socket()).is_ok());
         rig
+    }
+    fn hypervisor(run: &Path) -> (Child, OwnedFd) {
+        let (stop_read, stop_write) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let (hypervisor, control, _) = spawn("hypervisor", run, Stdio::from(stop_read));
+        std::fs::remove_dir_all(control).unwrap();
+        (hypervisor, stop_write)
+    }
+    /// Another hypervisor in the same folder.
+    pub(crate) fn restart(&mut self) {
+        let (hypervisor, stop) = Rig::hypervisor(&self.run_dir());
+        (self.hypervisor, self.stop) = (hypervisor, Some(stop));
+        until("the hypervisor listens", || Toolstack::connect(&self.socket()).is_ok());
     }
     pub(crate) fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
