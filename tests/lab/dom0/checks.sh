@@ -104,7 +104,7 @@ save_restore() {
 
 # leak_control KIND: with RINGBACK_TEST_LEAK=KIND a disk that is detached leaves one of the kind, and leaks_after says so
 leak_control() {
-  cp $CTL/*.before /tmp/
+  mkdir -p $CTL/outer && cp $CTL/*.before $CTL/outer/
   backend_stop
   RINGBACK_BIN=/lab/faults/ringback RINGBACK_TEST_LEAK=$1 backend_start || fail "the daemon does not start"
   img=$(image disk 32)
@@ -126,7 +126,7 @@ leak_control() {
   echo "ok: found: $(grep "$sign" $CTL/leaks | head -n 1)"
   guests_cleanup
   backend_restart || fail "the daemon does not start"
-  cp /tmp/*.before $CTL/
+  cp $CTL/outer/*.before $CTL/
   leaks_daemon_restarted
   for n in $(grep '^store node: ' $CTL/leaks | sed 's/^store node: //'); do xenstore-rm "$n" 2> /dev/null; done
   true

@@ -8,19 +8,20 @@ store_paths() {
   xenstore-ls -f / 2> /dev/null | sed 's/ = .*//' \
     | grep -vxE '/libxl|/vm|/local/domain/0/(backend|backend/vbd|backend/console|device-model)' | sort
 }
-# Active grants by domain, from Xen's own tables: lines "domid count"
-grant_report() {
-  xl dmesg -c > /dev/null
+# Xen's log so far goes to a file, so that what comes next is known to be new
+xen_log() { xl dmesg -c | tr -d '\r' >> $CTL/xen.log; }
+grant_report() { # Xen's own grant tables
+  xen_log
   xl debug-keys g
-  xl dmesg | tr -d '\r' > $CTL/grants.txt
+  xl dmesg -c | tr -d '\r' > $CTL/grants.txt
 }
 # One line a domain other than dom0: its id and its active grants
 granting_domains() {
   grant_report
-  tr -d '\r' < $CTL/grants.txt | awk '
+  awk '
     /grant-table for remote d/ { if (id != "") print id, n; match($0, /d[0-9]+/); id = substr($0, RSTART + 1, RLENGTH - 1); n = 0 }
     /^\(XEN\) *\[ *(0x)?[0-9a-f]+\] / { n++ }
-    END { if (id != "") print id, n }' | grep -v '^0 '
+    END { if (id != "") print id, n }' $CTL/grants.txt | grep -v '^0 '
 }
 domains() { xl list | awk 'NR > 1 && $2 != 0 { print $1, $2 }'; }
 # One line a process of ours: what it is, threads, descriptors, gntdev mappings

@@ -34,12 +34,12 @@ in_time() {
 # slowness: how much slower than alone on two cores this machine is now, in percent (at least 100): five `xl list`
 XL_LIST_MS=70
 slowness() {
-  t0=$(ms)
+  s0=$(ms)
   for i in 1 2 3 4 5; do xl list > /dev/null; done
-  t=$((($(ms) - t0) * 20 / XL_LIST_MS))
-  [ $t -gt 100 ] || t=100
-  [ $t -le 500 ] || t=500
-  echo $t
+  percent=$((($(ms) - s0) * 20 / XL_LIST_MS))
+  [ $percent -gt 100 ] || percent=100
+  [ $percent -le 500 ] || percent=500
+  echo $percent
 }
 scaled() { echo $(($1 * $(cat $CTL/slowness 2> /dev/null || echo 100) / 100)); }
 ms() { awk '{ printf "%d", $1 * 1000 }' /proc/uptime; }

@@ -18,11 +18,11 @@ round() {
   same "backend node" "" "$(node "$node_b/state")"
 }
 round # the first time may start what the backend keeps
-mv $CTL/domains.before $CTL/store.before $CTL/ports.before $CTL/processes.before $CTL/granting.before /tmp/
+mkdir -p $CTL/outer && cp $CTL/*.before $CTL/outer/
 leaks_before
 round
 round
 leaks_after || fail "left behind by a detached disk: $(head -n 1 $CTL/leaks)"
-mv /tmp/*.before $CTL/
+cp $CTL/outer/*.before $CTL/
 gm g "dd if=/dev/xvda of=/dev/null bs=1M count=8 iflag=direct 2>/dev/null"
 guest_stop g
