@@ -310,7 +310,7 @@ fn beyond(sector: u64, sectors: u64, limits: &Limits) -> Result<(), Refusal> {
 fn within(sector: u64, sectors: u64, limits: &Limits) -> Result<Range, Refusal> {
     beyond(sector, sectors, limits)?;
     let block = u64::from(limits.block_size) / SECTOR;
-    if block > 1 && (sector % block != 0 || sectors % block != 0) {
+    if block > 1 && !(sector.is_multiple_of(block) && sectors.is_multiple_of(block)) {
         let block_size = limits.block_size;
         return Err(Refusal::Misaligned { sector, sectors, block_size });
     }

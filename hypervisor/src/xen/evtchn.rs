@@ -71,3 +71,7 @@ impl EventChannel for Evtchn {
         self.port
     }
 }
+
+#[cfg(test)]
+#[path = "evtchn_tests.rs"]
+mod tests;

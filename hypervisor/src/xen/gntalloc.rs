@@ -92,3 +92,7 @@ impl Drop for Granted {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "gntalloc_tests.rs"]
+mod tests;

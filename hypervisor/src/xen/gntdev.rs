@@ -14,6 +14,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use super::ioctl::{self, CopyPtr, CopySegment, Foreign, GrantRefOf, IndexCount, MapHead};
 use crate::{Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping};
 
+/// Segments that a new handle has room for, so that a queue does not grow it under load.
+const SEGMENTS: usize = 512;
+
 /// One descriptor of gntdev. Its list of mappings is searched under one lock in the kernel, so
 /// each queue has its own.
 pub(super) struct Gntdev {
@@ -27,7 +30,7 @@ unsafe impl Send for Gntdev {}
 
 impl Gntdev {
     pub(super) fn new(device: File) -> Gntdev {
-        Gntdev { device: Arc::new(device), segments: RefCell::default() }
+        Gntdev { device: Arc::new(device), segments: RefCell::new(Vec::with_capacity(SEGMENTS)) }
     }
 }
 
@@ -78,14 +81,19 @@ impl Grants for Gntdev {
         let (device, address) = (self.device.clone(), base as usize);
         let unmap = move || {
             // SAFETY: the mapping made above; whoever calls this gives up its last use.
-            unsafe { munmap(address as *mut _, bytes)? };
-            release(&device, index, count)
+            let unmapped = unsafe { munmap(address as *mut _, bytes) };
+            // Even if that failed: the references must not stay in the device's list.
+            release(&device, index, count)?;
+            Ok(unmapped?)
         };
         // SAFETY: just mapped, for `access`, and unmapped by nobody else.
         Ok(unsafe { Mapping::new(base.cast(), count, access, Box::new(unmap)) })
     }
 
     fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()> {
+        if ops.is_empty() {
+            return Ok(());
+        }
         let mut segments = self.segments.borrow_mut();
         segments.clear();
         for op in ops.iter() {
@@ -141,3 +149,7 @@ impl Drop for Anonymous {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "gntdev_tests.rs"]
+mod tests;

@@ -170,3 +170,7 @@ plain! {
     evtchn_reset: () = EVTCHN_RESET;
     evtchn_restrict: Restrict = EVTCHN_RESTRICT;
 }
+
+#[cfg(test)]
+#[path = "ioctl_tests.rs"]
+mod tests;

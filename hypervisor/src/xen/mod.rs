@@ -104,3 +104,6 @@ impl Guest for Xen {
         Ok(Box::new(Evtchn::alloc_unbound(open(EVTCHN, "xen-evtchn")?, peer)?))
     }
 }
+
+#[cfg(test)]
+mod tests;
