@@ -68,6 +68,8 @@ impl Backend for BlkBackend {
             open: self.open.clone(),
             id: id.clone(),
             serving: None,
+            #[cfg(feature = "test-faults")]
+            leak: crate::leak::Node::none(),
         })
     }
 }
@@ -79,6 +81,8 @@ struct BlkDevice {
     open: Arc<Open>,
     id: DeviceId,
     serving: Option<Serving>,
+    #[cfg(feature = "test-faults")]
+    leak: crate::leak::Node,
 }
 
 /// What exists while a device is connected. Queues go before the disk.
@@ -252,6 +256,10 @@ impl Device for BlkDevice {
             serving.queues.len()
         );
         self.serving = Some(serving);
+        #[cfg(feature = "test-faults")]
+        {
+            self.leak = crate::leak::Node::of(nodes);
+        }
         Ok(if how == Meeting::Fresh { keys } else { Vec::new() })
     }
 
@@ -276,7 +284,7 @@ impl Device for BlkDevice {
 
     fn control(&mut self, nodes: &Nodes, line: &str) -> String {
         crate::control::answer(line, |command| match command {
-            crate::control::Command::Resize => self.resize(nodes),
+            crate::control::Command::Resize {} => self.resize(nodes),
         })
     }
 }

@@ -120,6 +120,11 @@ fn number(value: &str, low: u32, high: u32) -> Option<u32> {
     value.parse().ok().filter(|n| (low..=high).contains(n))
 }
 
+fn put<T>(knob: &mut T, value: Option<T>) -> Option<()> {
+    *knob = value?;
+    Some(())
+}
+
 fn list(value: &str) -> Option<Vec<u32>> {
     match value {
         "none" => Some(Vec::new()),
@@ -169,7 +174,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 65536",
         help: "pages that each queue keeps mapped",
         shows_in: "evictions",
-        set: |c, v| Some(c.max_persistent_grants = number(v, 1, 65536)?),
+        set: |c, v| put(&mut c.max_persistent_grants, number(v, 1, 65536)),
     },
     Knob {
         name: "persistent_idle_s",
@@ -178,7 +183,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 86400",
         help: "after which an unused persistent grant is unmapped",
         shows_in: "evictions",
-        set: |c, v| Some(c.persistent_idle_s = number(v, 1, 86400)?),
+        set: |c, v| put(&mut c.persistent_idle_s, number(v, 1, 86400)),
     },
     Knob {
         name: "max_ring_page_order",
@@ -187,7 +192,7 @@ pub const KNOBS: &[Knob] = &[
         range: "0 to 4",
         help: "largest ring offered: 4 is 16 pages, 512 requests",
         shows_in: "ring_full",
-        set: |c, v| Some(c.max_ring_page_order = number(v, 0, 4)?),
+        set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, 4)),
     },
     Knob {
         name: "max_queues",
@@ -196,7 +201,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 64",
         help: "most queues offered; each has a thread of its own",
         shows_in: "requests of each queue",
-        set: |c, v| Some(c.max_queues = number(v, 1, MAX_QUEUES)?),
+        set: |c, v| put(&mut c.max_queues, number(v, 1, MAX_QUEUES)),
     },
     Knob {
         name: "max_indirect_segments",
@@ -206,8 +211,8 @@ pub const KNOBS: &[Knob] = &[
         help: "largest request: 256 is 1 MiB",
         shows_in: "indirect",
         set: |c, v| {
-            let n = number(v, 0, 4096).filter(|n| *n == 0 || *n >= 12)?;
-            Some(c.max_indirect_segments = n)
+            let n = number(v, 0, 4096).filter(|n| *n == 0 || *n >= 12);
+            put(&mut c.max_indirect_segments, n)
         },
     },
     Knob {
@@ -217,7 +222,7 @@ pub const KNOBS: &[Knob] = &[
         range: "0 to 10000",
         help: "how long a queue polls before it sleeps, at most; it polls less where that does not pay",
         shows_in: "polls_paid, notifications_received, cpu_ns",
-        set: |c, v| Some(c.poll_us = number(v, 0, 10_000)?),
+        set: |c, v| put(&mut c.poll_us, number(v, 0, 10_000)),
     },
     Knob {
         name: "ordering",
@@ -243,7 +248,7 @@ pub const KNOBS: &[Knob] = &[
         range: "none, or numbers joined by +",
         help: "processors that the queues' threads are bound to, in turn",
         shows_in: "cpu_ns",
-        set: |c, v| Some(c.cpus = list(v)?),
+        set: |c, v| put(&mut c.cpus, list(v)),
     },
 ];
 

@@ -9,7 +9,7 @@ use serde_json::json;
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Command {
     /// Look how large the disk is, and tell the guest.
-    Resize,
+    Resize {},
 }
 
 /// One line for one line: `{"size": BYTES}` or `{"error": TEXT}`.

@@ -8,6 +8,8 @@ pub mod backend;
 pub mod config;
 mod control;
 mod counters;
+#[cfg(feature = "test-faults")]
+mod leak;
 pub mod negotiate;
 pub mod proto;
 mod queue;

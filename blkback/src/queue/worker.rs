@@ -147,6 +147,11 @@ impl<A: Abi> Worker<A> {
         // The disk's queue goes first: nothing may be in flight when pages are unmapped.
         drop(self.disk);
         self.memory.close();
+        #[cfg(feature = "test-faults")]
+        {
+            crate::leak::keep("grant", self.ring);
+            crate::leak::keep("port", self.channel);
+        }
         result.and(drained)
     }
 
