@@ -49,17 +49,16 @@ impl EventChannel for Evtchn {
 
     fn acknowledge(&self) -> io::Result<bool> {
         let mut ports = [0; 4 * size_of::<Port>()];
-        let pending;
-        match rustix::io::read(&self.device, &mut ports) {
-            Ok(n) => pending = n >= size_of::<Port>(),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => pending = false,
+        let pending = match rustix::io::read(&self.device, &mut ports) {
+            Ok(n) => n >= size_of::<Port>(),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
             // EFBIG: the kernel's ring of ports overflowed, which one port cannot do alone.
             Err(rustix::io::Errno::FBIG) => {
                 ioctl::evtchn_reset(&self.device, ())?;
-                pending = true;
+                true
             }
             Err(e) => return Err(e.into()),
-        }
+        };
         if pending {
             // Reading a port masks it; writing it back lets the next event through.
             rustix::io::write(&self.device, &self.port.to_ne_bytes())?;
