@@ -5,6 +5,9 @@ use hypervisor::xenbus::Key;
 
 use crate::proto::{VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE};
 
+mod front;
+pub use front::Unusable;
+
 /// What a backend offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
@@ -151,12 +154,23 @@ pub enum Refused {
         /// Most.
         high: u32,
     },
+    /// The two names of the ring's size disagree.
+    #[error("frontend keys ring-page-order ({order}) and num-ring-pages ({pages}) disagree")]
+    Disagree {
+        /// `ring-page-order`
+        order: u32,
+        /// `num-ring-pages`
+        pages: u32,
+    },
     /// `num-ring-pages` is not a power of two.
     #[error("frontend key num-ring-pages is {0}, which is not a power of two")]
     NotAPower(u32),
     /// `protocol` names none that there is.
     #[error("frontend key protocol is {0:?}; x86_64-abi and x86_32-abi are supported")]
     UnknownProtocol(String),
+    /// The port is 0, which is none.
+    #[error("frontend key {0} is 0, which is no port")]
+    NoPort(String),
     /// Two rings share a page.
     #[error("frontend key {0} names a page of another ring")]
     SharedPage(String),
@@ -177,18 +191,27 @@ struct Keys<F>(F);
 impl<F: Fn(&str) -> Option<String>> Keys<F> {
     fn number(&self, name: &str) -> Result<Option<u32>, Refused> {
         let Some(value) = (self.0)(name) else { return Ok(None) };
-        match value.trim().parse() {
-            Ok(number) => Ok(Some(number)),
-            Err(_) => Err(Refused::NotANumber { key: name.into(), value: shown(&value) }),
+        let digits = value.trim();
+        // `parse` alone would take a sign.
+        let plain = digits.bytes().all(|b| b.is_ascii_digit());
+        match digits.parse() {
+            Ok(number) if plain => Ok(Some(number)),
+            _ => Err(Refused::NotANumber { key: name.into(), value: shown(&value) }),
         }
     }
     fn required(&self, name: &str) -> Result<u32, Refused> {
         self.number(name)?.ok_or_else(|| Refused::Missing(name.into()))
     }
-    fn within(&self, name: &str, default: u32, low: u32, high: u32) -> Result<u32, Refused> {
+    fn within(
+        &self,
+        name: &str,
+        default: Option<u32>,
+        low: u32,
+        high: u32,
+    ) -> Result<Option<u32>, Refused> {
         match self.number(name)? {
             None => Ok(default),
-            Some(n) if (low..=high).contains(&n) => Ok(n),
+            Some(n) if (low..=high).contains(&n) => Ok(Some(n)),
             Some(value) => Err(Refused::OutOfRange { key: name.into(), value, low, high }),
         }
     }
@@ -205,7 +228,8 @@ impl Accepted {
             Some(other) => return Err(Refused::UnknownProtocol(shown(other))),
         };
         let persistent = keys.number("feature-persistent")?.unwrap_or(0) == 1;
-        let count = keys.within("multi-queue-num-queues", 1, 1, offer.max_queues)?;
+        let count =
+            keys.within("multi-queue-num-queues", Some(1), 1, offer.max_queues)?.unwrap_or(1);
         let pages = Self::ring_pages(&keys, offer)?;
         let mut accepted = Accepted { protocol, persistent, queues: Vec::new() };
         for number in 0..count {
@@ -224,15 +248,16 @@ impl Accepted {
         offer: &Offer,
     ) -> Result<Option<u32>, Refused> {
         let most = offer.max_ring_page_order;
-        if keys.number("ring-page-order")?.is_some() {
-            let order = keys.within("ring-page-order", 0, 0, most)?;
-            return Ok(Some(1 << order));
+        let order = keys.within("ring-page-order", None, 0, most)?;
+        let pages = keys.within("num-ring-pages", None, 1, 1 << most)?;
+        match (order, pages) {
+            (_, Some(pages)) if !pages.is_power_of_two() => Err(Refused::NotAPower(pages)),
+            (Some(order), Some(pages)) if 1 << order != pages => {
+                Err(Refused::Disagree { order, pages })
+            }
+            (Some(order), _) => Ok(Some(1 << order)),
+            (None, pages) => Ok(pages),
         }
-        if keys.number("num-ring-pages")?.is_none() {
-            return Ok(None);
-        }
-        let pages = keys.within("num-ring-pages", 1, 1, 1 << most)?;
-        if pages.is_power_of_two() { Ok(Some(pages)) } else { Err(Refused::NotAPower(pages)) }
     }
 
     fn queue(
@@ -243,14 +268,21 @@ impl Accepted {
         let name = |key: &str| format!("{prefix}{key}");
         // A single page may stand as `ring-ref` even where the order is written too.
         let single = matches!(pages, None | Some(1)) && (keys.0)(&name("ring-ref")).is_some();
-        let ring_refs = if single || pages.is_none() {
+        // Linux's backend takes `ring-ref0` for a single page too.
+        let numbered = pages.is_some() || (keys.0)(&name("ring-ref0")).is_some();
+        let ring_refs = if single || !numbered {
             vec![keys.required(&name("ring-ref"))?]
         } else {
             (0..pages.unwrap_or(1))
                 .map(|i| keys.required(&name(&format!("ring-ref{i}"))))
                 .collect::<Result<_, _>>()?
         };
-        Ok(QueueKeys { ring_refs, port: keys.required(&name("event-channel"))? })
+        let key = name("event-channel");
+        match keys.required(&key)? {
+            // Xen never gives out port 0.
+            0 => Err(Refused::NoPort(key)),
+            port => Ok(QueueKeys { ring_refs, port }),
+        }
     }
 
     /// Two rings in one page would make nonsense of both.

@@ -28,6 +28,25 @@ fn a_frontend_that_knows_no_optional_key() {
 }
 
 #[test]
+fn a_single_page_under_either_name() {
+    let want = [QueueKeys { ring_refs: vec![8], port: 5 }];
+    for keys in [
+        &[("ring-ref0", "8"), ("event-channel", "5")][..],
+        &[("ring-ref", "8"), ("event-channel", "5"), ("ring-ref0", "9")],
+        &[("ring-page-order", "0"), ("ring-ref", "8"), ("event-channel", "5")],
+        &[("ring-page-order", "0"), ("ring-ref0", "8"), ("event-channel", "5")],
+        &[
+            ("ring-page-order", "0"),
+            ("num-ring-pages", "1"),
+            ("ring-ref", "8"),
+            ("event-channel", "5"),
+        ],
+    ] {
+        assert_eq!(read(keys).unwrap().queues, want, "{keys:?}");
+    }
+}
+
+#[test]
 fn the_keys_that_linux_writes() {
     let mut keys = vec![
         ("protocol".to_owned(), "x86_64-abi".to_owned()),
@@ -96,6 +115,18 @@ fn exact_texts_of_refusals() {
             "frontend key multi-queue-num-queues is 5; 1 to 4 were offered",
         ),
         (
+            &[("ring-ref", "8"), ("event-channel", "0")],
+            "frontend key event-channel is 0, which is no port",
+        ),
+        (
+            &[("ring-ref", "+8"), ("event-channel", "5")],
+            "frontend key ring-ref is \"+8\", which is not a number",
+        ),
+        (
+            &[("ring-page-order", "1"), ("num-ring-pages", "4")],
+            "frontend keys ring-page-order (1) and num-ring-pages (4) disagree",
+        ),
+        (
             &[("protocol", "ia64-abi")],
             "frontend key protocol is \"ia64-abi\"; x86_64-abi and x86_32-abi are supported",
         ),
@@ -103,6 +134,17 @@ fn exact_texts_of_refusals() {
             &[("ring-page-order", "1"), ("ring-ref0", "8"), ("event-channel", "5")],
             "frontend key ring-ref1 is missing",
         ),
+    ];
+    for (keys, text) in table {
+        assert_eq!(refusal(keys), *text);
+    }
+    let long = "9".repeat(5000);
+    assert!(refusal(&[("ring-ref", &long), ("event-channel", "5")]).len() < 120);
+}
+
+#[test]
+fn exact_texts_where_rings_share() {
+    let table: &[(&[(&str, &str)], &str)] = &[
         (
             &[
                 ("ring-page-order", "1"),
@@ -136,8 +178,6 @@ fn exact_texts_of_refusals() {
     for (keys, text) in table {
         assert_eq!(refusal(keys), *text);
     }
-    let long = "9".repeat(5000);
-    assert!(refusal(&[("ring-ref", &long), ("event-channel", "5")]).len() < 120);
 }
 
 #[test]
@@ -167,4 +207,83 @@ fn sectors_are_units_of_512_whatever_the_block_size() {
     assert!(keys.iter().all(|(key, _)| !key.contains("discard")));
     let keys = OFFER.disk_keys(&DiskKeys { discard: Some(4096), ..disk });
     assert!(keys.contains(&("discard-granularity".into(), "4096".into())));
+}
+
+#[test]
+fn each_end_reads_what_the_other_writes() {
+    for (pages, count) in [(1u32, 1u32), (1, 2), (16, 1), (4, 4)] {
+        let queue = |n| QueueKeys { ring_refs: (n * 100..n * 100 + pages).collect(), port: n };
+        let accepted = Accepted {
+            protocol: Protocol::X86_32,
+            persistent: pages > 1,
+            queues: (1..=count).map(queue).collect(),
+        };
+        let keys = accepted.front_keys();
+        let find = |name: &str| keys.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone());
+        assert_eq!(Accepted::read(&OFFER, find), Ok(accepted));
+    }
+    let disk = DiskKeys {
+        size: 1 << 20,
+        logical_block: 4096,
+        physical_block: 8192,
+        read_only: true,
+        cdrom: true,
+        removable: false,
+        discard: Some(65536),
+        secure_discard: true,
+    };
+    for disk in [disk, DiskKeys { discard: None, secure_discard: false, ..disk }] {
+        let mut keys = OFFER.early_keys();
+        keys.extend(OFFER.disk_keys(&disk));
+        let find = |name: &str| keys.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone());
+        assert_eq!(Offer::read(find), Ok(OFFER));
+        assert_eq!(DiskKeys::read(find), Ok(disk));
+    }
+}
+
+#[test]
+fn a_backend_that_says_little() {
+    let offer = Offer::read(|_| None).unwrap();
+    let none = Offer {
+        flush: false,
+        barrier: false,
+        persistent: false,
+        max_indirect_segments: 0,
+        max_ring_page_order: 0,
+        max_queues: 1,
+    };
+    assert_eq!(offer, none);
+    let pages = |key: &str| (key == "max-ring-pages").then(|| "8".to_owned());
+    assert_eq!(Offer::read(pages), Ok(Offer { max_ring_page_order: 3, ..none }));
+    let disk = DiskKeys::read(|key| (key == "sectors").then(|| "8".to_owned())).unwrap();
+    assert_eq!((disk.size, disk.logical_block, disk.physical_block), (4096, 512, 512));
+    assert_eq!((disk.read_only, disk.discard), (false, None));
+}
+
+#[test]
+fn a_backend_that_talks_nonsense() {
+    assert_eq!(DiskKeys::read(|_| None).unwrap_err().to_string(), "backend key sectors is missing");
+    for (key, value) in [
+        ("sectors", "36028797018963968"),
+        ("sectors", "-1"),
+        ("sector-size", "256"),
+        ("sector-size", "513"),
+        ("physical-sector-size", "0"),
+        ("discard-granularity", "0"),
+        ("feature-discard", "yes"),
+        ("info", "4294967296"),
+    ] {
+        let read = |k: &str| match k {
+            _ if k == key => Some(value.to_owned()),
+            "sectors" => Some("8".to_owned()),
+            _ => None,
+        };
+        let text = format!("backend key {key} is {value:?}, which makes no sense");
+        assert_eq!(DiskKeys::read(read).unwrap_err().to_string(), text);
+    }
+    for (key, value) in [("max-ring-pages", "0"), ("multi-queue-max-queues", "0")] {
+        let read = |k: &str| (k == key).then(|| value.to_owned());
+        let text = format!("backend key {key} is {value:?}, which makes no sense");
+        assert_eq!(Offer::read(read).unwrap_err().to_string(), text);
+    }
 }

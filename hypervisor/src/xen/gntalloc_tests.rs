@@ -1,3 +1,6 @@
+// Stands in for memory that the driver would map.
+#![allow(unsafe_code)]
+
 use std::sync::atomic::Ordering;
 
 use super::*;

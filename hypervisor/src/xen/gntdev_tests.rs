@@ -1,3 +1,6 @@
+// Looks into memory and unions by address.
+#![allow(unsafe_code)]
+
 use super::*;
 
 /// Opens a file that is no gntdev: every ioctl fails, which is how much of it there is without
