@@ -53,17 +53,15 @@ fn key(name: &str, value: impl ToString) -> Key {
 impl Offer {
     /// The keys that a frontend reads before it makes its rings; written before state 2.
     pub fn early_keys(&self) -> Vec<Key> {
-        let mut keys = vec![
+        vec![
             key("max-ring-page-order", self.max_ring_page_order),
             // The older name of the same, in pages.
             key("max-ring-pages", 1u32 << self.max_ring_page_order),
             key("multi-queue-max-queues", self.max_queues),
-        ];
-        if self.max_indirect_segments > 0 {
-            keys.push(key("feature-max-indirect-segments", self.max_indirect_segments));
-        }
-        keys.push(key("feature-persistent", u8::from(self.persistent)));
-        keys
+            // Written as 0 too: a predecessor with other knobs may have left another value.
+            key("feature-max-indirect-segments", self.max_indirect_segments),
+            key("feature-persistent", u8::from(self.persistent)),
+        ]
     }
 
     /// The keys that a frontend reads when it sees us connected; written before state 4.
@@ -85,9 +83,9 @@ impl Offer {
             key("sector-size", disk.logical_block),
             key("physical-sector-size", disk.physical_block),
         ];
+        keys.push(key("feature-discard", u8::from(disk.discard.is_some())));
         if let Some(granularity) = disk.discard {
             keys.extend([
-                key("feature-discard", 1),
                 key("discard-granularity", granularity),
                 key("discard-alignment", 0),
                 key("discard-secure", u8::from(disk.secure_discard)),

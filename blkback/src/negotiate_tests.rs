@@ -184,7 +184,7 @@ fn exact_texts_where_rings_share() {
 fn barrier_alone_has_no_indirect() {
     let offer = Offer { flush: false, max_indirect_segments: 0, ..OFFER };
     let early = offer.early_keys();
-    assert!(early.iter().all(|(key, _)| key != "feature-max-indirect-segments"));
+    assert!(early.contains(&("feature-max-indirect-segments".into(), "0".into())));
     assert!(OFFER.early_keys().contains(&("feature-max-indirect-segments".into(), "256".into())));
 }
 
@@ -204,7 +204,9 @@ fn sectors_are_units_of_512_whatever_the_block_size() {
     for (name, value) in [("sectors", "2048"), ("info", "7"), ("sector-size", "4096")] {
         assert!(keys.contains(&(name.into(), value.into())), "{name}");
     }
-    assert!(keys.iter().all(|(key, _)| !key.contains("discard")));
+    // Written as 0: a predecessor's 1 must not stay.
+    assert!(keys.contains(&("feature-discard".into(), "0".into())));
+    assert!(keys.iter().all(|(key, _)| !key.starts_with("discard-")));
     let keys = OFFER.disk_keys(&DiskKeys { discard: Some(4096), ..disk });
     assert!(keys.contains(&("discard-granularity".into(), "4096".into())));
 }

@@ -107,7 +107,7 @@ pub fn list(context: &Context, options: &List) -> Result {
         println!("{}", json!({"schema": 1, "devices": devices}));
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{:>6} {:5} {:10} {:>8} {:>8} {}", "DOMID", "KIND", "NAME", "DEVID", "PID", "STATE");
+    println!("{:>6} {:5} {:10} {:>8} {:>8} STATE", "DOMID", "KIND", "NAME", "DEVID", "PID");
     for (_, s) in all {
         let state = match s.writer {
             Writer::Alive => "served",
