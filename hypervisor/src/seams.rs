@@ -24,6 +24,15 @@ pub enum Access {
     ReadWrite,
 }
 
+impl From<Access> for rings::grants::Access {
+    fn from(access: Access) -> Self {
+        match access {
+            Access::ReadOnly => rings::grants::Access::ReadOnly,
+            Access::ReadWrite => rings::grants::Access::ReadWrite,
+        }
+    }
+}
+
 /// Granted pages of one domain, mapped as one contiguous run; unmapped when dropped.
 pub struct Mapping {
     base: *mut u8,

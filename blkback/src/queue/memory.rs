@@ -10,13 +10,14 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blktap::IoBuf;
 use hypervisor::{Access, Buffer, CopyOp, Direction, DomId, Grants, Mapping};
 use perf::Handle;
 use rings::PAGE_SIZE;
-use rings::persistent::{Inserted, Limits, PersistentPool, Pin, PoolCounters};
+use rings::persistent::{Inserted, Limits, PersistentPool, PoolCounters};
 
 use super::slots::{Piece, Place};
 use crate::config::{Config, GrantMode};
@@ -27,6 +28,27 @@ const COPY_PAGES: usize = 2048;
 /// Pages of the buffer that indirect tables are copied to, one batch at a time.
 pub(super) const TABLE_PAGES: usize = 64;
 
+/// Pages of one mapping. Many pages in one call are cheap to map and to unmap; a mapping stays
+/// until its last page leaves the pool, so this is also by how much the pool's limit can be
+/// exceeded at worst.
+const CHUNK: usize = 16;
+/// How often a full pool makes room, in ns.
+const PURGE_EVERY: u64 = 100_000_000;
+
+/// One page of a mapping.
+struct Page {
+    mapping: Arc<Mapping>,
+    index: usize,
+}
+
+impl Page {
+    fn base(&self) -> *mut u8 {
+        assert!(self.index < self.mapping.pages());
+        // SAFETY: within the mapping by the assertion.
+        unsafe { self.mapping.base().add(self.index * PAGE_SIZE) }
+    }
+}
+
 /// There are not enough free pages now.
 pub(super) struct Short;
 
@@ -34,8 +56,10 @@ pub(super) struct Memory {
     domid: DomId,
     grants: Box<dyn Grants>,
     mode: GrantMode,
-    pool: PersistentPool<Mapping>,
+    pool: PersistentPool<Page>,
+    limit: usize,
     idle: Duration,
+    purged: u64,
     /// First the tables, then the payload; made when first needed.
     buffer: Option<Buffer>,
     buffer_pages: usize,
@@ -72,7 +96,9 @@ impl Memory {
                 },
                 pool_counters,
             ),
+            limit: config.max_persistent_grants as usize,
             idle: config.persistent_idle(),
+            purged: 0,
             buffer: None,
             buffer_pages: TABLE_PAGES + payload,
             free: (TABLE_PAGES as u32..(TABLE_PAGES + payload) as u32).rev().collect(),
@@ -98,41 +124,92 @@ impl Memory {
         direction: Direction,
         now: u64,
     ) -> Result<(), Short> {
-        for at in 0..pieces.len() {
-            match self.place_one(pieces[at].segment.gref) {
-                Ok(place) => pieces[at].place = place,
-                Err(Short) => {
-                    self.drop_ops_of(slot);
-                    self.release(&mut pieces[..at], now);
-                    return Err(Short);
+        if self.mode == GrantMode::Persistent {
+            self.place_mapped(pieces, now);
+        }
+        let copied = pieces.iter().filter(|p| p.place == Place::Nowhere).count();
+        if copied > self.free.len() {
+            self.release(pieces, now);
+            return Err(Short);
+        }
+        for piece in pieces.iter_mut().filter(|p| p.place == Place::Nowhere) {
+            if let Some(page) = self.free.pop() {
+                piece.place = Place::Copied(page);
+                if direction == Direction::FromGrant {
+                    self.queue(slot, piece, page, direction);
                 }
-            }
-            if let (Place::Copied(page), Direction::FromGrant) = (&pieces[at].place, direction) {
-                self.queue(slot, &pieces[at], *page, direction);
             }
         }
         Ok(())
     }
 
-    fn place_one(&mut self, gref: u32) -> Result<Place, Short> {
-        if self.mode == GrantMode::Persistent {
+    /// Finds what is mapped, and maps what is not while the pool has room.
+    fn place_mapped(&mut self, pieces: &mut [Piece], now: u64) {
+        let mut missing = 0;
+        for piece in pieces.iter_mut() {
             // Pages are mapped for both directions: the frontend uses them again for either.
-            let pin = self.pool.get(gref, rings::grants::Access::ReadWrite);
-            if let Some(pin) = pin.or_else(|| self.map(gref)) {
-                return Ok(Place::Mapped(pin));
+            match self.pool.get(piece.segment.gref, Access::ReadWrite.into()) {
+                Some(pin) => piece.place = Place::Mapped(pin),
+                None => missing += 1,
             }
         }
-        self.free.pop().map(Place::Copied).ok_or(Short)
+        if missing > 0 {
+            self.purge(now);
+            let room = self.limit.saturating_sub(self.pool.len());
+            self.map_missing(pieces, missing.min(room));
+        }
     }
 
-    fn map(&mut self, gref: u32) -> Option<Pin> {
-        let mapping = self.grants.map(self.domid, &[gref], Access::ReadWrite).ok()?;
-        self.counters.grants_mapped.add(1);
-        match self.pool.insert(gref, rings::grants::Access::ReadWrite, mapping) {
-            // What fell out is unmapped here.
-            Inserted::Kept { pin, out: _ } => Some(pin),
-            Inserted::Refused(_) => None,
+    /// Maps up to `most` of the segments that have no place. What cannot be mapped keeps none.
+    fn map_missing(&mut self, pieces: &mut [Piece], most: usize) {
+        let mut left = most;
+        let mut from = 0;
+        while left > 0 && from < pieces.len() {
+            let mut refs = [0; CHUNK];
+            let (mut count, mut to) = (0, from);
+            while to < pieces.len() && count < left.min(CHUNK) {
+                if pieces[to].place == Place::Nowhere {
+                    refs[count] = pieces[to].segment.gref;
+                    count += 1;
+                }
+                to += 1;
+            }
+            self.map_chunk(&mut pieces[from..to], &refs[..count]);
+            left -= count;
+            from = to;
+            if count == 0 {
+                break;
+            }
         }
+    }
+
+    fn map_chunk(&mut self, pieces: &mut [Piece], refs: &[u32]) {
+        let Ok(mapping) = self.grants.map(self.domid, refs, Access::ReadWrite) else { return };
+        self.counters.grants_mapped.add(refs.len() as u64);
+        let mapping = Arc::new(mapping);
+        let missing = pieces.iter_mut().filter(|p| p.place == Place::Nowhere);
+        for (index, piece) in missing.enumerate() {
+            let page = Page { mapping: mapping.clone(), index };
+            // What fell out is unmapped with the last page of its mapping.
+            if let Inserted::Kept { pin, out: _ } =
+                self.pool.insert(piece.segment.gref, Access::ReadWrite.into(), page)
+            {
+                piece.place = Place::Mapped(pin);
+            }
+        }
+    }
+
+    /// Makes room in a full pool as Linux does: a twentieth, the longest unused first, and not
+    /// more often than each 100 ms. In between, what is not mapped is copied: a guest whose pages
+    /// exceed the pool would otherwise pay a mapping and an unmapping for each of them.
+    fn purge(&mut self, now: u64) {
+        if self.pool.len() < self.limit || now.saturating_sub(self.purged) < PURGE_EVERY {
+            return;
+        }
+        self.purged = now;
+        let (limit, idle) = (self.limit as u32, self.idle.as_nanos() as u64);
+        self.pool.set_limits(limit - limit.div_ceil(20), idle, drop);
+        self.pool.set_limits(limit, idle, drop);
     }
 
     /// Unmaps what was not used for long.
@@ -165,13 +242,6 @@ impl Memory {
             status: 0,
         });
         self.owners.push(slot);
-    }
-
-    fn drop_ops_of(&mut self, slot: u32) {
-        while self.owners.last() == Some(&slot) {
-            self.owners.pop();
-            self.ops.pop();
-        }
     }
 
     /// Carries out all queued copies and tells each slot that had a failing one, at least once.
