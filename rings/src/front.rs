@@ -114,7 +114,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
             self.counters.ring_full.add(1);
             return Err(Full);
         }
-        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
+        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()).of_fields() };
         self.region.store(self.slot_offset(self.written), req, unit);
         self.written = self.written.wrapping_add(1);
         Ok(())
