@@ -180,7 +180,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     #[inline(always)]
     fn put(&mut self, slot: u32, sequence: u64, req: &R) {
         let at = self.at(slot);
-        self.region.store(self.request_at(slot), req, const { Unit::of(16, size_of::<R>()) });
+        self.region.store(self.request_at(slot), req);
         self.region.set64(at + ANSWER, 0);
         self.region.set64(at + SEQUENCE, sequence);
     }

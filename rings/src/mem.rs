@@ -16,7 +16,7 @@ use crate::PAGE_SIZE;
 /// A run of bytes shared with another domain.
 ///
 /// No reference to the bytes is ever made: header words are atomics, everything else is copied
-/// in or out by offset, word by word with relaxed atomics. A copy that the other side changes
+/// in or out by offset, each byte once, word by word with relaxed atomics. A copy that the other side changes
 /// meanwhile holds a mixture of old and new bytes, and nothing worse.
 ///
 /// # Safety
@@ -202,14 +202,6 @@ impl Unit {
             _ => Unit::One,
         }
     }
-    /// The same for a value that was just made of its fields: a wide load of several narrow
-    /// stores would wait until they have left the processor's store buffer.
-    pub(crate) const fn of_fields(self) -> Unit {
-        match self {
-            Unit::Sixteen => Unit::Eight,
-            other => other,
-        }
-    }
     const fn bytes(self) -> usize {
         match self {
             Unit::Sixteen => 16,
@@ -305,37 +297,18 @@ impl<M: SharedMem> Region<M> {
             value.assume_init()
         }
     }
-    /// Copies a value into the range at `offset`; `unit` divides its size and offset.
+    /// Copies a value into the range at `offset`.
+    ///
+    /// A plain copy, so that a value is made in place where it can be: an honest peer reads it
+    /// only after the release store that publishes it, and what a dishonest one reads or writes
+    /// before is its own affair, since nothing is read back.
     #[inline(always)]
-    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T, unit: Unit) {
+    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
         kill_point();
-        let len = size_of::<T>();
-        self.check_unit(offset, len, unit);
+        check(offset, size_of::<T>(), self.len);
         let from = core::ptr::from_ref(value).cast::<u8>();
-        // SAFETY: in range and aligned by the checks; the value's bytes are all initialised, as
-        // IntoBytes says.
-        unsafe {
-            let to = self.base.add(offset);
-            for at in (0..len).step_by(unit.bytes()) {
-                match unit {
-                    Unit::Sixteen => {
-                        let word = from.add(at).cast::<Wide>().read_unaligned();
-                        to.add(at).cast::<Wide>().write_volatile(word);
-                    }
-                    Unit::Eight => {
-                        let word = from.add(at).cast::<u64>().read_unaligned();
-                        AtomicU64::from_ptr(to.add(at).cast()).store(word, Relaxed);
-                    }
-                    Unit::Four => {
-                        let word = from.add(at).cast::<u32>().read_unaligned();
-                        AtomicU32::from_ptr(to.add(at).cast()).store(word, Relaxed);
-                    }
-                    Unit::One => {
-                        AtomicU8::from_ptr(to.add(at)).store(from.add(at).read(), Relaxed);
-                    }
-                }
-            }
-        }
+        // SAFETY: in range by the check; private and shared memory do not overlap.
+        unsafe { core::ptr::copy_nonoverlapping(from, self.base.add(offset), size_of::<T>()) }
     }
 }
 

@@ -25,20 +25,20 @@ fn copies_of_every_alignment_and_length_are_exact() {
 fn typed_values_round_trip() {
     let region = Region::new(HeapPages::new(1));
     let value = [1u32, 2, 3, 4, 5];
-    region.store(64, &value, Unit::of(4, 20));
+    region.store(64, &value);
     for unit in [Unit::Four, Unit::One] {
         assert_eq!(region.load::<[u32; 5]>(64, unit), value);
     }
     assert_eq!(region.load::<u32>(68, Unit::Four), 2);
-    region.store(128, &[7u64, 8], Unit::of(24, 16));
+    region.store(128, &[7u64, 8]);
     assert_eq!(region.load::<[u64; 2]>(128, Unit::Eight), [7, 8]);
     assert_eq!(region.load::<[u32; 4]>(128, Unit::One), [7, 0, 8, 0]);
     let large: [u64; 14] = core::array::from_fn(|i| i as u64 * 3);
-    region.store(1024, &large, Unit::of(112, 112));
+    region.store(1024, &large);
     for unit in [Unit::Sixteen, Unit::Eight, Unit::Four, Unit::One] {
         assert_eq!(region.load::<[u64; 14]>(1024, unit), large);
     }
-    region.store(131, &[9u8; 3], Unit::of(3, 3));
+    region.store(131, &[9u8; 3]);
     assert_eq!(region.word(132).load(Relaxed), 0x0909);
     assert_eq!(region.word(72).load(Relaxed), 3);
     assert_eq!(region.word64(64).load(Relaxed), 1 | 2 << 32);
