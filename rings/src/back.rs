@@ -261,8 +261,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     #[inline(always)]
     pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
         assert!(self.in_flight() > 0, "a slot of another ring");
-        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Rsp>()) };
-        self.region.store(self.slot_offset(self.written), rsp, unit);
+        self.region.store(self.slot_offset(self.written), rsp);
         self.table.answer(slot.0, self.written);
         self.answered.push(slot.0);
         self.written = self.written.wrapping_add(1);
@@ -293,6 +292,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
 
     /// Looks whether there are requests, without asking for a notification.
+    #[inline]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
         let pending = self.found(found)?;
@@ -343,7 +343,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Sleep only after `Nothing`.
     #[inline]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
-        self.arm_after(NonZeroU32::MIN)
+        if self.unconsumed() > 0 || self.look()? == Pending::Work {
+            return Ok(Pending::Work);
+        }
+        let wanted = self.taken.wrapping_add(1);
+        let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
+        let found = index::arm::<_, Strong>(producer, event, wanted);
+        self.found(found)
     }
 
     /// Asks to be notified once `messages` more requests are there. `Nothing` says that there

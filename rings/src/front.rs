@@ -114,8 +114,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
             self.counters.ring_full.add(1);
             return Err(Full);
         }
-        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
-        self.region.store(self.slot_offset(self.written), req, unit);
+        self.region.store(self.slot_offset(self.written), req);
         self.written = self.written.wrapping_add(1);
         Ok(())
     }
@@ -153,6 +152,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     }
 
     /// Looks whether there are responses, without asking for a notification.
+    #[inline]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(RSP_PROD));
         let pending = self.found(found)?;
@@ -193,7 +193,13 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     /// (`RING_FINAL_CHECK_FOR_RESPONSES`). Sleep only after `Nothing`.
     #[inline]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
-        self.arm_after(NonZeroU32::MIN)
+        if self.taken != self.seen || self.look()? == Pending::Work {
+            return Ok(Pending::Work);
+        }
+        let wanted = self.taken.wrapping_add(1);
+        let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+        let found = index::arm::<_, Strong>(producer, event, wanted);
+        self.found(found)
     }
 
     /// Asks to be notified once `messages` more responses are there. `Nothing` says that there

@@ -51,6 +51,10 @@ mod protocol;
 #[cfg(test)]
 mod kill_tests;
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
+
 pub use back::{AttachError, BackRing, Slot, Taken};
 pub use counters::RingCounters;
 pub use front::{FrontRing, Full};

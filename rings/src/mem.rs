@@ -16,7 +16,7 @@ use crate::PAGE_SIZE;
 /// A run of bytes shared with another domain.
 ///
 /// No reference to the bytes is ever made: header words are atomics, everything else is copied
-/// in or out by offset, word by word with relaxed atomics. A copy that the other side changes
+/// in or out by offset, each byte once, word by word with relaxed atomics. A copy that the other side changes
 /// meanwhile holds a mixture of old and new bytes, and nothing worse.
 ///
 /// # Safety
@@ -174,10 +174,19 @@ unsafe fn copy_in(to: *mut u8, from: *const u8, len: usize) {
     }
 }
 
+/// The widest word that one instruction moves. Its accesses are volatile, not atomic: a word may
+/// be torn into halves, never into less than what atomics of 8 bytes would give.
+#[cfg(target_arch = "x86_64")]
+type Wide = core::arch::x86_64::__m128i;
+#[cfg(not(target_arch = "x86_64"))]
+type Wide = [u64; 2];
+
 /// How many bytes are copied at once. Known where the code is made, so that a copy is unrolled
 /// and, where its user looks at a few fields only, never goes through memory.
 #[derive(Clone, Copy)]
 pub(crate) enum Unit {
+    /// Only for large values, where it halves the work.
+    Sixteen,
     Eight,
     Four,
     One,
@@ -186,14 +195,16 @@ pub(crate) enum Unit {
 impl Unit {
     /// The largest for values of `size` bytes, `stride` apart from a multiple of 16.
     pub(crate) const fn of(stride: usize, size: usize) -> Unit {
-        match (stride | size) % 8 {
-            0 => Unit::Eight,
-            4 => Unit::Four,
+        match (stride | size) % 16 {
+            0 if cfg!(target_arch = "x86_64") && size >= 64 => Unit::Sixteen,
+            0 | 8 => Unit::Eight,
+            4 | 12 => Unit::Four,
             _ => Unit::One,
         }
     }
     const fn bytes(self) -> usize {
         match self {
+            Unit::Sixteen => 16,
             Unit::Eight => 8,
             Unit::Four => 4,
             Unit::One => 1,
@@ -268,6 +279,10 @@ impl<M: SharedMem> Region<M> {
             let from = self.base.add(offset);
             for at in (0..len).step_by(unit.bytes()) {
                 match unit {
+                    Unit::Sixteen => {
+                        let word = from.add(at).cast::<Wide>().read_volatile();
+                        to.add(at).cast::<Wide>().write_unaligned(word);
+                    }
                     Unit::Eight => {
                         let word = AtomicU64::from_ptr(from.add(at).cast()).load(Relaxed);
                         to.add(at).cast::<u64>().write_unaligned(word);
@@ -282,33 +297,18 @@ impl<M: SharedMem> Region<M> {
             value.assume_init()
         }
     }
-    /// Copies a value into the range at `offset`; `unit` divides its size and offset.
+    /// Copies a value into the range at `offset`.
+    ///
+    /// A plain copy, so that a value is made in place where it can be: an honest peer reads it
+    /// only after the release store that publishes it, and what a dishonest one reads or writes
+    /// before is its own affair, since nothing is read back.
     #[inline(always)]
-    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T, unit: Unit) {
+    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
         kill_point();
-        let len = size_of::<T>();
-        self.check_unit(offset, len, unit);
+        check(offset, size_of::<T>(), self.len);
         let from = core::ptr::from_ref(value).cast::<u8>();
-        // SAFETY: in range and aligned by the checks; the value's bytes are all initialised, as
-        // IntoBytes says.
-        unsafe {
-            let to = self.base.add(offset);
-            for at in (0..len).step_by(unit.bytes()) {
-                match unit {
-                    Unit::Eight => {
-                        let word = from.add(at).cast::<u64>().read_unaligned();
-                        AtomicU64::from_ptr(to.add(at).cast()).store(word, Relaxed);
-                    }
-                    Unit::Four => {
-                        let word = from.add(at).cast::<u32>().read_unaligned();
-                        AtomicU32::from_ptr(to.add(at).cast()).store(word, Relaxed);
-                    }
-                    Unit::One => {
-                        AtomicU8::from_ptr(to.add(at)).store(from.add(at).read(), Relaxed);
-                    }
-                }
-            }
-        }
+        // SAFETY: in range by the check; private and shared memory do not overlap.
+        unsafe { core::ptr::copy_nonoverlapping(from, self.base.add(offset), size_of::<T>()) }
     }
 }
 

@@ -38,11 +38,12 @@ fn start() -> impl Strategy<Value = u32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
     fn honest_ends_agree_with_the_model(start in start(), ops in prop::collection::vec(honest(), 1..600)) {
         let mut world = World::new(start);
         ops.into_iter().for_each(|op| world.step(op));
+        prop_assert_eq!(world.refused, 0);
     }
 
     #[test]
