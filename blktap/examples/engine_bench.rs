@@ -1,4 +1,5 @@
-//! 4 KiB random reads of a raw file through one queue: IOPS and system calls per request.
+//! 4 KiB random reads of a raw file through one queue: IOPS and CPU time and system calls per
+//! request.
 //!
 //!     cargo run --release -p ringback-blktap --example engine_bench -- [--json] [FILE]
 //!
@@ -20,7 +21,14 @@ struct Measured {
     disk: &'static str,
     depth: usize,
     iops: f64,
+    cpu_us_per_request: f64,
     enters_per_request: f64,
+}
+
+/// CPU time of this thread so far, in microseconds.
+fn cpu_us() -> f64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    t.tv_sec as f64 * 1e6 + t.tv_nsec as f64 / 1e3
 }
 
 /// A cheap generator of offsets; the clock is read once in 1024 rounds.
@@ -47,17 +55,14 @@ fn measure(
     };
     let full = |_| "the queue is full";
     let enters = |queue: &dyn DiskQueue| queue.counters().map_or(0, |c| c.enters.get());
-    let (before, start) = (enters(queue), Instant::now());
+    let (before, start, cpu) = (enters(queue), Instant::now(), cpu_us());
     let mut done = Vec::with_capacity(depth);
     (0..depth as u64).try_for_each(|slot| send(queue, slot)).map_err(full)?;
     let (mut answered, mut round) = (0u64, 0u64);
     while round % 1024 != 0 || start.elapsed() < TIME {
         round += 1;
+        queue.wait(&[], None)?;
         queue.poll(&mut done)?;
-        if done.is_empty() {
-            queue.wait(&[], None)?;
-            continue;
-        }
         for d in done.drain(..) {
             if d.errno != 0 {
                 return Err(std::io::Error::from_raw_os_error(d.errno).into());
@@ -66,13 +71,19 @@ fn measure(
             send(queue, d.token).map_err(full)?;
         }
     }
-    let (time, calls) = (start.elapsed(), enters(queue) - before);
+    let (time, calls, cpu) = (start.elapsed(), enters(queue) - before, cpu_us() - cpu);
     while queue.in_flight() > 0 {
         queue.wait(&[], None)?;
         queue.poll(&mut done)?;
     }
-    let iops = answered as f64 / time.as_secs_f64();
-    Ok(Measured { disk, depth, iops, enters_per_request: calls as f64 / answered as f64 })
+    let n = answered as f64;
+    Ok(Measured {
+        disk,
+        depth,
+        iops: n / time.as_secs_f64(),
+        cpu_us_per_request: cpu / n,
+        enters_per_request: calls as f64 / n,
+    })
 }
 
 fn all(path: &std::path::Path) -> Result<Vec<Measured>, Box<dyn Error>> {
@@ -100,6 +111,7 @@ fn print(rows: &[Measured], json: bool) {
                     "disk": m.disk,
                     "depth": m.depth,
                     "iops": m.iops.round(),
+                    "cpu_us_per_request": m.cpu_us_per_request,
                     "enters_per_request": m.enters_per_request,
                 })
             })
@@ -108,9 +120,11 @@ fn print(rows: &[Measured], json: bool) {
         println!("{}", serde_json::json!({ "schema": 1, "of": of, "results": rows }));
         return;
     }
-    println!("{:8} {:>5} {:>12} {:>16}", "disk", "depth", "IOPS", "enters/request");
+    let head = ["disk", "depth", "IOPS", "CPU us/request", "enters/request"];
+    println!("{:8} {:>5} {:>12} {:>15} {:>15}", head[0], head[1], head[2], head[3], head[4]);
     for m in rows {
-        println!("{:8} {:>5} {:>12.0} {:>16.3}", m.disk, m.depth, m.iops, m.enters_per_request);
+        let (iops, cpu, enters) = (m.iops, m.cpu_us_per_request, m.enters_per_request);
+        println!("{:8} {:>5} {iops:>12.0} {cpu:>15.3} {enters:>15.3}", m.disk, m.depth);
     }
 }
 

@@ -6,3 +6,7 @@ pub mod faults;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
