@@ -13,7 +13,7 @@ use std::time::Duration;
 use perf::Handle;
 
 use crate::engine::EngineCounters;
-pub use mem::MemDisk;
+pub use mem::{MemDisk, Volatility};
 pub use null::NullDisk;
 pub use raw::{RawDisk, RawQueue};
 

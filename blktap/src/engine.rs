@@ -40,6 +40,9 @@ use watch::Watches;
 /// Most requests that one engine holds at once.
 pub const MAX_DEPTH: u32 = 8192;
 
+/// A longer timeout is cut: clocks overflow.
+const LONGEST_WAIT: Duration = Duration::from_secs(365 * 86400);
+
 /// User data: what a completion belongs to. Requests carry their slot's number alone.
 const TAG: u64 = 0xff << 56;
 const TAG_WATCH: u64 = 1 << 56;
@@ -271,8 +274,8 @@ impl Engine {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 64 descriptors"));
         }
         self.reap();
-        let deadline = timeout.map(|t| Instant::now() + t);
-        let mut left = timeout;
+        let mut left = timeout.map(|t| t.min(LONGEST_WAIT));
+        let deadline = left.map(|t| Instant::now() + t);
         loop {
             self.arm(fds)?;
             let ready = !self.ops.ready.is_empty() || self.watches.pending();

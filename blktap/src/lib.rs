@@ -2,6 +2,11 @@
 pub mod blocking;
 pub mod disk;
 pub mod engine;
+pub mod faults;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -12,27 +12,57 @@ use parking_lot::Mutex;
 use super::null::wait_for;
 use super::{Disk, DiskQueue, Done, Full, Geometry, Op, Request, check_range};
 
+/// What a [`MemDisk`] does with writes until a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Volatility {
+    /// Every write is durable at once.
+    Durable,
+    /// Writes are lost in a [power cut](MemDisk::power_cut) until a flush covers them.
+    Cached,
+}
+
+struct Bytes {
+    now: Vec<u8>,
+    /// As of the last flush, where writes are cached.
+    flushed: Option<Vec<u8>>,
+}
+
 /// A disk in memory. Requests are carried out by `submit`, one at a time over all queues.
 pub struct MemDisk {
-    bytes: Arc<Mutex<Vec<u8>>>,
+    bytes: Arc<Mutex<Bytes>>,
 }
 
 impl MemDisk {
     /// A disk of `size` zero bytes (rounded down to whole blocks of 512).
     pub fn new(size: usize) -> Arc<Self> {
-        let bytes = vec![0; size - size % 512];
-        Arc::new(MemDisk { bytes: Arc::new(Mutex::new(bytes)) })
+        Self::with(size, Volatility::Durable)
+    }
+
+    /// A disk of `size` zero bytes (rounded down to whole blocks of 512) that may have a cache.
+    /// A cached one copies all its bytes at each flush: keep it small.
+    pub fn with(size: usize, volatility: Volatility) -> Arc<Self> {
+        let now = vec![0; size - size % 512];
+        let flushed = (volatility == Volatility::Cached).then(|| now.clone());
+        Arc::new(MemDisk { bytes: Arc::new(Mutex::new(Bytes { now, flushed })) })
+    }
+
+    /// Loses what no flush and no forced write has made durable.
+    pub fn power_cut(&self) {
+        let bytes = &mut *self.bytes.lock();
+        if let Some(flushed) = &bytes.flushed {
+            bytes.now.clone_from(flushed);
+        }
     }
 
     /// Looks at, or changes, the disk's bytes behind its users' back.
     pub fn with_bytes<R>(&self, f: impl FnOnce(&mut Vec<u8>) -> R) -> R {
-        f(&mut self.bytes.lock())
+        f(&mut self.bytes.lock().now)
     }
 }
 
 impl Disk for MemDisk {
     fn geometry(&self) -> Geometry {
-        let len = self.bytes.lock().len() as u64;
+        let len = self.bytes.lock().now.len() as u64;
         Geometry {
             size: len - len % 512,
             logical_block: 512,
@@ -54,20 +84,26 @@ impl Disk for MemDisk {
 }
 
 struct MemQueue {
-    bytes: Arc<Mutex<Vec<u8>>>,
+    bytes: Arc<Mutex<Bytes>>,
     depth: usize,
     done: Vec<Done>,
 }
 
-fn perform(disk: &mut [u8], r: &Request<'_>) -> Result<(), i32> {
+fn perform(bytes: &mut Bytes, r: &Request<'_>) -> Result<(), i32> {
+    let Bytes { now: disk, flushed } = bytes;
     match r.op {
-        Op::Flush => return Ok(()),
+        Op::Flush => {
+            if let Some(flushed) = flushed {
+                flushed.clone_from(disk);
+            }
+            return Ok(());
+        }
         Op::SecureDiscard => return Err(libc::EOPNOTSUPP),
         _ => check_range(r, (disk.len() - disk.len() % 512) as u64, 512)?,
     }
     // In range, so it fits usize.
     let range = r.offset as usize..(r.offset + r.len) as usize;
-    let part = &mut disk[range];
+    let part = &mut disk[range.clone()];
     if matches!(r.op, Op::Discard | Op::WriteZeroes) {
         part.fill(0);
         return Ok(());
@@ -88,6 +124,12 @@ fn perform(disk: &mut [u8], r: &Request<'_>) -> Result<(), i32> {
             }
         }
         rest = after;
+    }
+    if let (Op::WriteFua, Some(flushed)) = (r.op, flushed) {
+        // A disk whose bytes were made longer behind its back has no flushed copy of the rest.
+        if let Some(durable) = flushed.get_mut(range.clone()) {
+            durable.copy_from_slice(&disk[range]);
+        }
     }
     Ok(())
 }

@@ -85,6 +85,9 @@ impl DiskQueue for NullQueue {
     }
 }
 
+/// A longer timeout is cut: the kernel's own types overflow.
+const LONGEST_WAIT: Duration = Duration::from_secs(365 * 86400);
+
 /// poll(2) on up to 64 descriptors; a bit for each that is readable, none after a signal.
 pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
     if fds.is_empty() && timeout.is_none_or(|t| t.is_zero()) {
@@ -93,6 +96,7 @@ pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io:
     if fds.len() > 64 {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 64 descriptors"));
     }
+    let timeout = timeout.map(|t| t.min(LONGEST_WAIT));
     let Some(first) = fds.first() else {
         std::thread::sleep(timeout.unwrap_or_default());
         return Ok(0);

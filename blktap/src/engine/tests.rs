@@ -132,6 +132,33 @@ fn a_wait_for_nothing_returns_and_a_timeout_keeps_its_time() {
 }
 
 #[test]
+fn without_timeouts_in_enter_poll_keeps_the_time() {
+    let (r, mut w) = slow();
+    let mut engine = engine_on(r, 2, RingMode::Plain);
+    let mut memory = [0u8; 4];
+    let bufs = [buf(&mut memory)];
+    engine.start(&transfer(EngineOp::Read, 0, &bufs, 1)).expect("room");
+    engine.wait(&[], Some(Duration::ZERO)).expect("enabled");
+    let limit = Duration::from_millis(30);
+    let start = Instant::now();
+    assert!(engine.enter_then_poll(limit).expect("poll") == Woken::Timeout);
+    assert!(start.elapsed() >= limit);
+    w.write_all(b"here").expect("write");
+    assert!(engine.enter_then_poll(limit).expect("poll") == Woken::Event);
+    let mut done = Vec::new();
+    engine.poll(&mut done).expect("poll");
+    assert_eq!((done[0].errno, &memory), (0, b"here"));
+}
+
+#[test]
+fn a_timeout_beyond_all_clocks_is_as_good_as_none() {
+    let mut engine = engine_on(tempfile::tempfile().expect("a file"), 2, RingMode::Deferred);
+    let (r, mut w) = pipe();
+    w.write_all(b"x").expect("write");
+    assert_eq!(engine.wait(&[r.as_fd()], Some(Duration::MAX)).expect("wait"), 1);
+}
+
+#[test]
 fn an_unwatched_descriptor_is_let_go_and_its_number_can_be_used_again() {
     for mode in MODES {
         let mut engine = engine_on(tempfile::tempfile().expect("a file"), 4, mode);

@@ -2,6 +2,8 @@
 //! a real file system.
 #![allow(dead_code, unreachable_pub, unsafe_code)]
 
+pub mod model;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
