@@ -81,20 +81,12 @@ impl Errno {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnId(u64);
 
-/// Where relative paths of a connection start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Home {
-    /// Nowhere: relative paths are refused, as on xenstored's own socket.
-    None,
-    /// In the domain's folder, `/local/domain/N`.
-    Domain,
-}
-
 /// One connection.
 #[derive(Debug)]
 struct Conn {
     domid: DomId,
-    home: Option<String>,
+    /// Where its relative paths start.
+    home: String,
     transactions: BTreeMap<u32, Transaction>,
     next_tx: u32,
     watches: usize,
@@ -137,14 +129,11 @@ impl Store {
         }
     }
 
-    /// A new connection that acts as `domid`.
-    pub fn connect(&mut self, domid: DomId, home: Home) -> ConnId {
+    /// A new connection that acts as `domid`. Its relative paths start in the domain's folder.
+    pub fn connect(&mut self, domid: DomId) -> ConnId {
         let id = ConnId(self.next_conn);
         self.next_conn += 1;
-        let home = match home {
-            Home::None => None,
-            Home::Domain => Some(path::domain(domid)),
-        };
+        let home = path::domain(domid);
         let conn = Conn { domid, home, transactions: BTreeMap::new(), next_tx: 1, watches: 0 };
         self.conns.insert(id, conn);
         id

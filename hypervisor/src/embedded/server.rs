@@ -20,7 +20,7 @@ use rustix::time::Timespec;
 
 use super::channel::Wire;
 use crate::core::domains::Domains;
-use crate::core::xenstore::{ConnId, Home, Store};
+use crate::core::xenstore::{ConnId, Store};
 use crate::{DomId, Port};
 use lifetime::Leaving;
 use memory::Memory;
@@ -143,7 +143,7 @@ impl Server {
         epoll::add(&epoll, &requests, EventData::new_u64(REQUESTS), EventFlags::IN)?;
         epoll::add(&epoll, &stores, EventData::new_u64(STORES), EventFlags::IN)?;
         let mut store = Store::new();
-        let own = store.connect(0, Home::Domain);
+        let own = store.connect(0);
         let spare = sockets::spare();
         let mut server = Server {
             epoll,
@@ -202,7 +202,7 @@ impl Server {
             let Some(socket) = self.sockets.accept(listener) else { return };
             match listener {
                 REQUESTS => self.add_peer(0, socket),
-                _ => self.add_store(0, Home::None, socket),
+                _ => self.add_store(0, socket),
             };
         }
     }
@@ -211,8 +211,8 @@ impl Server {
         self.add(Conn::Requests(Box::new(Peer::new(domid, socket))))
     }
 
-    fn add_store(&mut self, domid: DomId, home: Home, socket: OwnedFd) -> bool {
-        let id = self.store.connect(domid, home);
+    fn add_store(&mut self, domid: DomId, socket: OwnedFd) -> bool {
+        let id = self.store.connect(domid);
         let token = self.next_conn;
         let added = self.add(Conn::Store(Box::new(StoreConn::new(domid, id, socket))));
         match added {

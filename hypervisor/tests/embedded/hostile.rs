@@ -15,6 +15,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
+use rustix::pipe::PipeFlags;
 
 use crate::agent::{Rig, readable, until};
 
@@ -41,8 +42,13 @@ impl Raw {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut iov = [IoSliceMut::new(&mut body)];
-        let got =
-            rustix::net::recvmsg(&self.0, &mut iov, &mut control, RecvFlags::DONTWAIT).ok()?;
+        let got = rustix::net::recvmsg(
+            &self.0,
+            &mut iov,
+            &mut control,
+            RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+        )
+        .ok()?;
         let mut fds = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -117,7 +123,7 @@ fn too_long_a_datagram_ends_the_connection() {
 #[test]
 fn descriptors_that_nobody_asked_for_are_dropped() {
     let mut scene = Scene::start();
-    let (read, write) = rustix::pipe::pipe().unwrap();
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap();
     scene.all_is_well();
     std::thread::sleep(Duration::from_millis(100));
     let before = scene.descriptors();

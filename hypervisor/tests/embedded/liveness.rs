@@ -159,6 +159,7 @@ fn a_destroyed_domains_backend_is_asked_to_close() {
     let store = toolstack.store().unwrap();
     let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
     let mut guest = rig.guest(domid);
+    assert_eq!(guest.ask("lifeline 0"), "false");
     let node = format!("/local/domain/0/backend/vbd/{domid}/51712");
     let fresh = format!("/local/domain/0/backend/vbd/{domid}/51728");
     store.write(Tx::NONE, &format!("{node}/state"), "4").unwrap();

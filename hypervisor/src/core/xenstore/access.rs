@@ -1,5 +1,7 @@
 //! Who may reach which node.
 
+use std::sync::Arc;
+
 use super::perms::{Asker, Rights};
 use super::tree::{Node, View};
 use super::{Errno, path};
@@ -11,7 +13,7 @@ pub(super) fn get(
     asker: Asker,
     path: &str,
     wanted: Rights,
-) -> Result<Node, Errno> {
+) -> Result<Arc<Node>, Errno> {
     match view.get(path)? {
         Some(node) if asker.rights(&node.perms).covers(wanted) => Ok(node),
         Some(_) => Err(Errno::EACCES),

@@ -1,5 +1,7 @@
 //! The requests.
 
+use std::sync::Arc;
+
 use super::path::Special;
 use super::perms::{Asker, Perm, Rights, parse_domid};
 use super::tree::{Transaction, View};
@@ -32,11 +34,29 @@ fn privileged(asker: Asker) -> Result<(), Errno> {
     if asker.is_privileged() { Ok(()) } else { Err(Errno::EACCES) }
 }
 
+/// Whether a request of this kind happens in the transaction that its header names; of the
+/// others the number is ignored.
+fn uses_transaction(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Directory
+            | Kind::DirectoryPart
+            | Kind::Read
+            | Kind::GetPerms
+            | Kind::SetPerms
+            | Kind::Write
+            | Kind::Mkdir
+            | Kind::Rm
+            | Kind::TransactionStart
+            | Kind::TransactionEnd
+    )
+}
+
 /// What a request on the tree is done with.
 struct Call<'a> {
     view: View<'a>,
     asker: Asker,
-    home: Option<&'a str>,
+    home: &'a str,
 }
 
 impl Store {
@@ -47,6 +67,13 @@ impl Store {
         tx_id: u32,
         payload: &[u8],
     ) -> Result<Vec<u8>, Errno> {
+        if let Some(conn) = self.conns.get(&id)
+            && uses_transaction(kind)
+            && tx_id != 0
+            && !conn.transactions.contains_key(&tx_id)
+        {
+            return Err(Errno::ENOENT);
+        }
         match kind {
             Kind::Watch => self.watch(id, payload),
             Kind::Unwatch => self.unwatch(id, payload),
@@ -58,6 +85,7 @@ impl Store {
                 Ok(format!("{}\0", path::domain(domid)).into_bytes())
             }
             Kind::IsDomainIntroduced => {
+                privileged(self.asker(id)?)?;
                 let domid = parse_domid(one(payload)?)?;
                 Ok(if self.is_introduced(domid) { b"T\0".to_vec() } else { b"F\0".to_vec() })
             }
@@ -66,6 +94,10 @@ impl Store {
                 self.domain_request(kind, payload)
             }
             Kind::WatchEvent | Kind::Error => Err(Errno::ENOSYS),
+            Kind::SetPerms => {
+                let (path, perms) = self.set_perms_args(id, payload)?;
+                self.call(id, tx_id)?.set_perms(path, perms)
+            }
             _ => self.call(id, tx_id)?.run(kind, payload),
         }
     }
@@ -79,6 +111,29 @@ impl Store {
         Ok(Asker::new(conn.domid, &self.targets))
     }
 
+    /// Path and permissions of XS_SET_PERMS. What a domain sets are not many, and their owner
+    /// exists.
+    fn set_perms_args<'a>(
+        &self,
+        id: ConnId,
+        payload: &'a [u8],
+    ) -> Result<(&'a [u8], Vec<Perm>), Errno> {
+        let args = strings(payload)?;
+        let (path, list) = args.split_first().ok_or(Errno::EINVAL)?;
+        let limited = !self.asker(id)?.is_privileged();
+        if list.is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        if limited && list.len() > limits::PERMS {
+            return Err(Errno::ENOSPC);
+        }
+        let perms = list.iter().map(|p| Perm::parse(p)).collect::<Result<Vec<_>, _>>()?;
+        if limited && !self.known.contains(&perms[0].domid) {
+            return Err(Errno::ENOENT);
+        }
+        Ok((path, perms))
+    }
+
     fn call(&mut self, id: ConnId, tx_id: u32) -> Result<Call<'_>, Errno> {
         let asker = self.asker(id)?;
         let conn = self.conns.get_mut(&id).ok_or(Errno::EINVAL)?;
@@ -88,7 +143,7 @@ impl Store {
         };
         let max_nodes = if asker.is_privileged() { usize::MAX } else { limits::TRANSACTION_NODES };
         let view = View { tree: &mut self.tree, tx, fires: &mut self.fires, max_nodes };
-        Ok(Call { view, asker, home: conn.home.as_deref() })
+        Ok(Call { view, asker, home: &conn.home })
     }
 
     fn start(&mut self, id: ConnId, tx_id: u32) -> Result<Vec<u8>, Errno> {
@@ -126,8 +181,8 @@ impl Store {
 
     /// The absolute path that a watch is on, and how much of it the client left out.
     fn watch_path(&mut self, id: ConnId, sent: &[u8]) -> Result<(String, usize), Errno> {
-        let home = self.conn(id)?.home.as_deref();
         let sent = text(sent)?;
+        let home = &self.conn(id)?.home;
         let path = path::canonical(sent, home, Special::Allowed).ok_or(Errno::EINVAL)?;
         if path.starts_with('@') && path.len() > REL_PATH_MAX {
             return Err(Errno::EINVAL);
@@ -162,7 +217,7 @@ impl Store {
 
     fn unwatch(&mut self, id: ConnId, payload: &[u8]) -> Result<Vec<u8>, Errno> {
         let [sent, token] = strings(payload)?[..] else { return Err(Errno::EINVAL) };
-        let (path, _) = self.watch_path(id, sent)?;
+        let (path, _) = self.watch_path(id, sent).map_err(|_| Errno::ENOENT)?;
         self.watches.remove(id, &path, token)?;
         self.conn(id)?.watches -= 1;
         Ok(ACK.to_vec())
@@ -207,7 +262,7 @@ impl Call<'_> {
         match kind {
             Kind::Read => {
                 let path = self.path(one(payload)?)?;
-                Ok(access::get(&mut self.view, self.asker, &path, Rights::READ)?.data)
+                Ok(access::get(&mut self.view, self.asker, &path, Rights::READ)?.data.clone())
             }
             Kind::Directory => self.directory(one(payload)?),
             Kind::DirectoryPart => self.directory_part(payload),
@@ -215,7 +270,6 @@ impl Call<'_> {
             Kind::Write => self.write(payload),
             Kind::Mkdir => self.mkdir(one(payload)?),
             Kind::Rm => self.rm(one(payload)?),
-            Kind::SetPerms => self.set_perms(payload),
             _ => Err(Errno::ENOSYS),
         }
     }
@@ -260,7 +314,8 @@ impl Call<'_> {
         let path = self.path(&payload[..end])?;
         let data = payload[end + 1..].to_vec();
         match access::get(&mut self.view, self.asker, &path, Rights::WRITE) {
-            Ok(mut node) => {
+            Ok(node) => {
+                let mut node = Arc::unwrap_or_clone(node);
                 node.data = data;
                 if self.owner().is_some() && node.bytes() > limits::NODE_BYTES {
                     return Err(Errno::ENOSPC);
@@ -314,24 +369,16 @@ impl Call<'_> {
         Ok(list.into_bytes())
     }
 
-    fn set_perms(&mut self, payload: &[u8]) -> Result<Vec<u8>, Errno> {
-        let args = strings(payload)?;
-        let (sent, list) = args.split_first().ok_or(Errno::EINVAL)?;
-        if list.is_empty() {
-            return Err(Errno::EINVAL);
-        }
-        if self.owner().is_some() && list.len() > limits::PERMS {
-            return Err(Errno::ENOSPC);
-        }
+    fn set_perms(&mut self, sent: &[u8], perms: Vec<Perm>) -> Result<Vec<u8>, Errno> {
         let path = self.special(sent)?;
-        let perms = list.iter().map(|p| Perm::parse(p)).collect::<Result<Vec<_>, _>>()?;
-        let mut node = access::get(&mut self.view, self.asker, &path, Rights::WRITE)?;
+        let node = access::get(&mut self.view, self.asker, &path, Rights::WRITE)?;
         if !self.asker.owns(&node.perms) {
             return Err(Errno::EACCES);
         }
         if self.owner().is_some() && perms[0].domid != node.owner() {
             return Err(Errno::EPERM);
         }
+        let mut node = Arc::unwrap_or_clone(node);
         let old = std::mem::replace(&mut node.perms, perms);
         self.view.put(&path, node)?;
         self.view.fire(Fire::perms_changed(&path, old));

@@ -76,11 +76,11 @@ fn is_short(path: &str) -> bool {
 
 /// The absolute form of what a client sent, if it is valid. `home` is where its relative paths
 /// start.
-pub fn canonical(sent: &str, home: Option<&str>, special: Special) -> Option<String> {
+pub fn canonical(sent: &str, home: &str, special: Special) -> Option<String> {
     let path = if sent.starts_with('/') || sent.starts_with('@') {
         sent.to_owned()
     } else {
-        format!("{}/{sent}", home?)
+        format!("{home}/{sent}")
     };
     is_valid(&path, special).then_some(path)
 }

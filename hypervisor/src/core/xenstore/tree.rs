@@ -1,9 +1,10 @@
 //! Nodes and transactions on them.
 //!
-//! A transaction notes of each node that it looks at which generation it saw, and keeps its own
-//! changes aside; it commits only if all those nodes are still of that generation.
+//! A transaction keeps each node as it was when it first looked at it, and its own changes
+//! aside; it commits only if all those nodes are still of the same generation.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use super::perms::{Perm, Rights};
 use super::watch::Fire;
@@ -35,7 +36,7 @@ impl Node {
 
 #[derive(Debug)]
 pub(super) struct Tree {
-    nodes: HashMap<String, Node>,
+    nodes: HashMap<String, Arc<Node>>,
     /// Nodes by owner; domain 0's are not counted.
     owned: BTreeMap<DomId, i64>,
     generation: u64,
@@ -43,8 +44,8 @@ pub(super) struct Tree {
 
 #[derive(Debug, Default)]
 pub(super) struct Transaction {
-    seen: HashMap<String, Option<u64>>,
-    changed: BTreeMap<String, Option<Node>>,
+    seen: HashMap<String, Option<Arc<Node>>>,
+    changed: BTreeMap<String, Option<Arc<Node>>>,
     /// One a node, however often it changes.
     fires: Vec<Fire>,
     fire_of: HashMap<String, usize>,
@@ -63,19 +64,19 @@ pub(super) struct View<'a> {
 impl Tree {
     pub(super) fn new() -> Self {
         let mut tree = Tree { nodes: HashMap::new(), owned: BTreeMap::new(), generation: 1 };
-        let tool = vec![Perm::new(0, Rights::NONE)];
-        let root = Node { children: vec!["tool".into()], ..Node::empty(tool.clone()) };
-        let folder = Node { children: vec!["xenstored".into()], ..Node::empty(tool.clone()) };
-        tree.nodes.insert("/".into(), root);
-        tree.nodes.insert("/tool".into(), folder);
-        tree.nodes.insert("/tool/xenstored".into(), Node::empty(tool.clone()));
-        tree.nodes.insert(path::INTRODUCE.into(), Node::empty(tool.clone()));
-        tree.nodes.insert(path::RELEASE.into(), Node::empty(tool));
+        let perms = || vec![Perm::new(0, Rights::NONE)];
+        let with = |child: &str| Node { children: vec![child.into()], ..Node::empty(perms()) };
+        let mut add = |path: &str, node| tree.nodes.insert(path.to_owned(), Arc::new(node));
+        add("/", with("tool"));
+        add("/tool", with("xenstored"));
+        for path in ["/tool/xenstored", path::INTRODUCE, path::RELEASE] {
+            add(path, Node::empty(perms()));
+        }
         tree
     }
 
     pub(super) fn main(&self, path: &str) -> Option<&Node> {
-        self.nodes.get(path)
+        self.nodes.get(path).map(Arc::as_ref)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -90,8 +91,9 @@ impl Tree {
 
     /// Commits. `EAGAIN`: something that the transaction saw has changed since.
     pub(super) fn commit(&mut self, tx: Transaction, fires: &mut Vec<Fire>) -> Result<(), Errno> {
-        let same = |(path, seen): (&String, &Option<u64>)| {
-            self.nodes.get(path).map(|n| n.generation) == *seen
+        let generation = |node: Option<&Arc<Node>>| node.map(|n| n.generation);
+        let same = |(path, seen): (&String, &Option<Arc<Node>>)| {
+            generation(self.nodes.get(path)) == generation(seen.as_ref())
         };
         if !tx.seen.iter().all(same) {
             return Err(Errno::EAGAIN);
@@ -106,7 +108,7 @@ impl Tree {
             match node {
                 Some(mut node) => {
                     self.generation += 1;
-                    node.generation = self.generation;
+                    Arc::make_mut(&mut node).generation = self.generation;
                     self.nodes.insert(path, node);
                 }
                 None => {
@@ -134,6 +136,7 @@ impl Tree {
                 let mut view = View { tree: self, tx: None, fires, max_nodes: usize::MAX };
                 let _ = view.remove_subtree(&path);
             } else {
+                let node = Arc::make_mut(node);
                 node.perms.retain(|p| p.domid != domid);
                 if node.perms.is_empty() {
                     node.perms.push(Perm::new(0, Rights::NONE));
@@ -145,20 +148,18 @@ impl Tree {
 }
 
 impl View<'_> {
-    /// A copy of a node, or of nothing.
-    pub(super) fn get(&mut self, path: &str) -> Result<Option<Node>, Errno> {
-        let main = self.tree.nodes.get(path);
-        let Some(tx) = self.tx.as_mut() else { return Ok(main.cloned()) };
-        if let Some(node) = tx.changed.get(path) {
+    /// A node, if it is there.
+    pub(super) fn get(&mut self, path: &str) -> Result<Option<Arc<Node>>, Errno> {
+        let Some(tx) = self.tx.as_mut() else { return Ok(self.tree.nodes.get(path).cloned()) };
+        if let Some(node) = tx.changed.get(path).or_else(|| tx.seen.get(path)) {
             return Ok(node.clone());
         }
-        if !tx.seen.contains_key(path) {
-            if tx.seen.len() >= self.max_nodes {
-                return Err(Errno::ENOSPC);
-            }
-            tx.seen.insert(path.to_owned(), main.map(|n| n.generation));
+        if tx.seen.len() >= self.max_nodes {
+            return Err(Errno::ENOSPC);
         }
-        Ok(main.cloned())
+        let node = self.tree.nodes.get(path).cloned();
+        tx.seen.insert(path.to_owned(), node.clone());
+        Ok(node)
     }
 
     /// Nodes that a domain owns as this view sees it.
@@ -184,6 +185,7 @@ impl View<'_> {
         self.count(node.owner(), 1);
         self.tree.generation += 1;
         node.generation = self.tree.generation;
+        let node = Arc::new(node);
         match self.tx.as_mut() {
             Some(tx) => {
                 tx.changed.insert(path.to_owned(), Some(node));
@@ -237,9 +239,10 @@ impl View<'_> {
         for path in order.iter().rev() {
             let Some(node) = self.get(path)? else { continue };
             self.drop_node(path, &node);
-            self.fire(Fire::removed(path, node.perms, path != top));
+            self.fire(Fire::removed(path, node.perms.clone(), path != top));
         }
-        if let Some(mut parent) = parent {
+        if let Some(parent) = parent {
+            let mut parent = Arc::unwrap_or_clone(parent);
             parent.children.retain(|name| name != path::name(top));
             self.put(folder, parent)?;
         }
@@ -258,7 +261,7 @@ impl View<'_> {
         let mut folder = path::parent(path);
         let mut parent = loop {
             match self.get(folder)? {
-                Some(node) => break node,
+                Some(node) => break Arc::unwrap_or_clone(node),
                 // A root that is not there ends the walk instead of going round.
                 None if folder == "/" => return Err(Errno::ENOENT),
                 None => missing.push(folder),

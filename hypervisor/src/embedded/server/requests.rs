@@ -16,7 +16,6 @@ use super::{Fate, Server, TURN};
 use crate::core::domains::Mapped;
 use crate::core::events::EventError;
 use crate::core::grants::GrantError;
-use crate::core::xenstore::Home;
 use crate::{Access, DomId, GrantRef, Port};
 
 /// Pages that one connection may have mapped.
@@ -203,7 +202,7 @@ impl Server {
         let (ours, theirs) = pair(style).map_err(|e| errno(&e))?;
         let added = match endpoint {
             Endpoint::Requests => self.add_peer(domid, ours),
-            Endpoint::Store => self.add_store(domid, Home::Domain, ours),
+            Endpoint::Store => self.add_store(domid, ours),
         };
         if added { with_fds(ok(), [theirs]) } else { Err(Errno::NOSPC) }
     }
