@@ -50,3 +50,14 @@ backend_pids() {
     esac
   done
 }
+# backend_report: after a failure, what each backend process is doing, with its counters
+backend_report() {
+  [ "$BACKEND" = ringback ] || return 0
+  ringback list
+  ringback stats | grep -vE ' 0 [a-z]+$'
+  for p in $(pidof ringback); do
+    for t in /proc/$p/task/*; do
+      echo "$p $(cat $t/comm) $(cat $t/wchan) $(awk '/ctxt/ { printf "%s ", $2 }' $t/status)"
+    done
+  done
+}

@@ -94,7 +94,7 @@ guest_create() {
   touch $CTL/guest-$name.log
   seen=$(wc -l < $CTL/guest-$name.log)
   "$@" || fail "$* ended with status $?"
-  guest_ready "$name" "$seen" 40000
+  guest_ready "$name" "$seen" "$(scaled 40000)"
 }
 # guest_ready NAME LINES MS: waits for the agent's hello after that many lines of its console
 guest_ready() {
@@ -122,7 +122,7 @@ g_send() {
   printf '%s %s\n' $G_ID "$2" > "$(cat $CTL/$1.tty)"
 }
 g_wait() { # NAME ID SECONDS
-  w_end=$(($(ms) + $3 * 1000))
+  w_end=$(($(ms) + $(scaled "$3") * 1000))
   until grep -q "^@$2@ " $CTL/guest-$1.log; do
     [ "$(ms)" -le $w_end ] || { echo "guest $1: no answer within $3 s"; return 124; }
     usleep 30000

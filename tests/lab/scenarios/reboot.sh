@@ -10,7 +10,7 @@ step "xl reboot"
 must xl reboot g
 within "domain $old is gone" 3000 domain_gone "$old"
 guest_never_waited g
-guest_ready g "$lines" 40000
+guest_ready g "$lines" "$(scaled 40000)"
 [ "$(xl domid g)" != "$old" ] || fail "the domain did not change"
 gm g "mount -t ext4 /dev/xvda /mnt && sha256sum -c /mnt/sum && umount /mnt && e2fsck -fn /dev/xvda"
 step "xl shutdown"
