@@ -102,6 +102,33 @@ impl Stack {
     }
 }
 
+/// The free entries, the one that was freed first going first: as long as answers leave in order,
+/// entries then go round like the ring's slots, half a page from them (see `inflight`).
+struct Queue {
+    slots: Box<[u32]>,
+    head: u32,
+    len: u32,
+}
+
+impl Queue {
+    fn new(room: u32) -> Self {
+        Queue { slots: vec![0; room.next_power_of_two() as usize].into(), head: 0, len: 0 }
+    }
+    #[inline]
+    fn push(&mut self, slot: u32) {
+        let at = self.head.wrapping_add(self.len) as usize & (self.slots.len() - 1);
+        self.slots[at] = slot;
+        self.len += 1;
+    }
+    #[inline]
+    fn pop(&mut self) -> Option<u32> {
+        self.len = self.len.checked_sub(1)?;
+        let slot = self.slots[self.head as usize & (self.slots.len() - 1)];
+        self.head = self.head.wrapping_add(1);
+        Some(slot)
+    }
+}
+
 /// The backend's end of a ring over 1, 2, 4 ... pages, with its in-flight table.
 pub struct BackRing<P: Protocol, M, T> {
     region: Region<M>,
@@ -117,7 +144,7 @@ pub struct BackRing<P: Protocol, M, T> {
     sequence: u64,
     /// Entries that are free; those answered since the last publication; those that a
     /// predecessor left unanswered, youngest first.
-    free: Stack,
+    free: Queue,
     answered: Stack,
     replay: Stack,
     woken: bool,
@@ -152,7 +179,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             published: rsp_prod,
             table,
             sequence: 0,
-            free: Stack::new(entries),
+            free: Queue::new(entries),
             answered: Stack::new(slots),
             replay: Stack::new(slots),
             woken: false,
@@ -168,7 +195,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// request taken has a published response or is unanswered.
     fn recover(&mut self, entries: u32) -> Result<(), Corrupt> {
         let mut unanswered = Vec::new();
-        for slot in (0..entries).rev() {
+        for slot in 0..entries {
             match self.table.entry(slot) {
                 Entry::Free => self.free.push(slot),
                 Entry::Taken { sequence } => unanswered.push((sequence, slot)),
@@ -279,9 +306,10 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         kill_point();
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
-        while let Some(slot) = self.answered.pop() {
-            self.table.clear(slot);
-            self.free.push(slot);
+        let answered = core::mem::take(&mut self.answered.len);
+        for slot in &self.answered.slots[..answered] {
+            self.table.clear(*slot);
+            self.free.push(*slot);
         }
         self.counters.responses.add(u64::from(new.wrapping_sub(old)));
         match notify {

@@ -70,6 +70,15 @@ const SEQUENCE: usize = 0;
 const ANSWER: usize = 8;
 const ANSWERED: u64 = 1 << 32;
 
+/// Where the requests start: half a page from where the ring's own slots start (modulo the page).
+/// A processor takes a load for dependent on an earlier store whose address has the same low 12
+/// bits, so that copying from slot n + 1 would wait for the copy to entry n + 1.
+const fn requests(slots: u32) -> usize {
+    let marks = HEADER + slots as usize * MARKS;
+    let offset = (PAGE_SIZE / 2 + HEADER) % PAGE_SIZE;
+    marks + (PAGE_SIZE + offset - marks % PAGE_SIZE) % PAGE_SIZE
+}
+
 /// Why memory cannot be used as a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -114,7 +123,7 @@ impl<R, S> Table<R, S> {
     const STRIDE: usize = size_of::<R>().next_multiple_of(16);
     /// Bytes that a table of `slots` entries takes.
     pub const fn bytes(slots: u32) -> usize {
-        HEADER + slots as usize * (MARKS + Self::STRIDE)
+        requests(slots) + slots as usize * Self::STRIDE
     }
 }
 
@@ -169,7 +178,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
     }
     #[inline(always)]
     fn request_at(&self, slot: u32) -> usize {
-        HEADER + self.slots as usize * MARKS + slot as usize * Self::STRIDE
+        requests(self.slots) + slot as usize * Self::STRIDE
     }
 }
 
