@@ -127,7 +127,8 @@ pub trait Disk: Send + Sync {
     fn geometry(&self) -> Geometry;
     /// Looks again how large the disk is (a file may have grown). All queues see the new size.
     fn refresh(&self) -> io::Result<Geometry>;
-    /// A queue for one thread. `depth` is how many requests it must hold at once.
+    /// A queue for one thread. `depth` is how many requests it holds at once, from 1 to
+    /// [`MAX_DEPTH`](crate::engine::MAX_DEPTH).
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
 }
 

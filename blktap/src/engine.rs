@@ -171,7 +171,10 @@ unsafe impl Send for Engine {}
 impl Engine {
     /// Makes the ring, registers the files and allocates everything.
     pub fn new(config: EngineConfig) -> Result<Self, SetupError> {
-        let depth = config.depth.clamp(1, MAX_DEPTH);
+        let depth = config.depth;
+        if !(1..=MAX_DEPTH).contains(&depth) {
+            return Err(SetupError::Depth(depth));
+        }
         // Room for every request and a whole change of the watched set.
         let entries = (depth + 2 * MAX_WATCHES as u32 + 2).next_power_of_two();
         let fds: Vec<_> = config.files.iter().map(|f| f.file.as_raw_fd()).collect();

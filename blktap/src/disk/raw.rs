@@ -190,3 +190,28 @@ impl DiskQueue for RawQueue {
         self.engine.count_in(counters);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blocking;
+
+    #[test]
+    fn after_a_failed_flush_all_flushes_fail() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("a.raw");
+        std::fs::write(&path, [0; 4096]).expect("a file");
+        let disk = RawDisk::open(&OpenOptions::new(&path)).expect("open");
+        let mut queues = [disk.queue(1).expect("queue"), disk.queue(1).expect("queue")];
+        for q in &mut queues {
+            blocking::flush(&mut **q).expect("nothing lost yet");
+        }
+        // As the engine does when fsync reports an error.
+        disk.sync_failed.store(libc::EIO, Ordering::Relaxed);
+        for q in &mut queues {
+            let error = blocking::flush(&mut **q).expect_err("writes were lost");
+            assert_eq!(error.raw_os_error(), Some(libc::EIO));
+            blocking::write_at(&mut **q, 0, &[1; 512]).expect("writes go on");
+        }
+    }
+}

@@ -62,6 +62,9 @@ pub enum SetupError {
         "too many open descriptors for another queue: raise RLIMIT_NOFILE (systemd: LimitNOFILE=)"
     )]
     Descriptors,
+    /// More requests at once than an engine holds.
+    #[error("a queue holds 1 to {most} requests, not {asked}", most = super::MAX_DEPTH, asked = .0)]
+    Depth(u32),
     /// Anything else.
     #[error("cannot set up io_uring: {}", io::Error::from_raw_os_error(*.0))]
     Other(i32),
@@ -75,6 +78,7 @@ impl From<SetupError> for io::Error {
             }
             SetupError::Missing | SetupError::TooOld(_) => io::ErrorKind::Unsupported,
             SetupError::MemoryLock { .. } => io::ErrorKind::OutOfMemory,
+            SetupError::Depth(_) => io::ErrorKind::InvalidInput,
             SetupError::Descriptors | SetupError::Other(_) => io::ErrorKind::Other,
         };
         io::Error::new(kind, e)

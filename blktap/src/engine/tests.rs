@@ -46,6 +46,10 @@ fn every_mode_is_what_was_asked_for_at_most() {
         assert!(engine.mode() <= newest, "{:?}", engine.mode());
     }
     assert!(doctor().expect("io_uring").starts_with("works"));
+    for depth in [0, MAX_DEPTH + 1] {
+        let config = EngineConfig { depth, files: Vec::new(), newest: RingMode::Deferred };
+        assert_eq!(Engine::new(config).map(drop), Err(SetupError::Depth(depth)));
+    }
 }
 
 #[test]

@@ -183,7 +183,11 @@ fn alignment(file: &File, logical: u32) -> io::Result<(u32, u32)> {
         }
         return Ok((stat.stx_dio_mem_align.max(1), stat.stx_dio_offset_align.max(logical)));
     }
-    // Before 6.1: find out by reading.
+    alignment_by_reading(file, logical)
+}
+
+/// The same on kernels before 6.1, and on file systems that do not say.
+fn alignment_by_reading(file: &File, logical: u32) -> io::Result<(u32, u32)> {
     let unit = if reads(file, 0, logical as usize)? { logical } else { 4096 };
     let memory = if reads(file, 512, unit as usize)? { 512 } else { 4096 };
     Ok((memory, unit))
@@ -209,5 +213,30 @@ unsafe fn ioctl(file: &File, request: libc::c_ulong, arg: *mut libc::c_void) -> 
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+    use super::*;
+
+    #[test]
+    fn what_reading_finds_out_works() {
+        let dir = tempfile::tempdir_in(".").expect("a folder");
+        let path = dir.path().join("a.raw");
+        fs::write(&path, [7; 65536]).expect("a file");
+        let mut options = fs::OpenOptions::new();
+        let file = options.read(true).custom_flags(libc::O_DIRECT).open(path).expect("O_DIRECT");
+        for logical in [512, 4096] {
+            let (memory, unit) = alignment_by_reading(&file, logical).expect("by reading");
+            assert!(unit >= logical && unit.is_power_of_two() && memory.is_power_of_two());
+            let mut bytes = vec![0u8; 8192 + 8192];
+            let at = bytes.as_ptr().align_offset(4096) + memory as usize;
+            let part = &mut bytes[at..at + unit as usize];
+            file.read_exact_at(part, u64::from(unit)).expect("a read so aligned");
+            assert!(part.iter().all(|b| *b == 7));
+        }
     }
 }

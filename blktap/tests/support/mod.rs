@@ -73,6 +73,44 @@ impl Memory {
     }
 }
 
+/// Memory in pieces that are not neighbours, so that nothing is joined.
+pub struct Scattered {
+    memory: Memory,
+    lens: Vec<usize>,
+}
+
+impl Scattered {
+    /// Pieces of the given lengths, 512 bytes between them, the first `odd` past a page.
+    pub fn new(lens: &[usize], odd: usize) -> Self {
+        let len = lens.iter().map(|n| n + 512).sum();
+        Scattered { memory: Memory::new(len, odd), lens: lens.to_vec() }
+    }
+    pub fn set(&mut self, mut data: &[u8]) {
+        let mut rest = self.memory.slice_mut();
+        for len in &self.lens {
+            let (here, after) = rest.split_at_mut(len + 512);
+            let (mine, others) = data.split_at(*len);
+            here[..*len].copy_from_slice(mine);
+            (rest, data) = (after, others);
+        }
+    }
+    /// The pieces' bytes; nothing between them was touched.
+    pub fn get(&self) -> Vec<u8> {
+        let (mut all, mut rest) = (Vec::new(), self.memory.slice());
+        for len in &self.lens {
+            let (here, after) = rest.split_at(len + 512);
+            all.extend_from_slice(&here[..*len]);
+            assert!(here[*len..].iter().all(|b| *b == 0), "written past a piece");
+            rest = after;
+        }
+        all
+    }
+    pub fn bufs(&mut self) -> Vec<IoBuf> {
+        let all: Vec<_> = self.lens.iter().flat_map(|n| [*n, 512]).collect();
+        self.memory.bufs(&all).into_iter().step_by(2).collect()
+    }
+}
+
 pub fn request(op: Op, offset: u64, bufs: &[IoBuf], token: u64) -> Request<'_> {
     Request { op, offset, len: bufs.iter().map(|b| b.len() as u64).sum(), bufs, token }
 }

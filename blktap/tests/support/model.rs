@@ -2,7 +2,7 @@
 use blktap::{DiskQueue, Op, Request};
 use proptest::prelude::*;
 
-use super::{Memory, pattern, perform, request};
+use super::{Memory, Scattered, pattern, perform, request};
 
 /// Bytes of the modelled disk.
 pub const SIZE: u64 = 1 << 20;
@@ -63,15 +63,16 @@ pub fn run(queue: &mut dyn DiskQueue, block: u64, steps: &[Step]) {
         let range = offset as usize..offset as usize + len;
         match s.op {
             Op::Read => {
-                let mut m = Memory::new(len, s.odd);
-                let bufs = m.bufs(&cut(len, &s.cuts));
+                let mut m = Scattered::new(&cut(len, &s.cuts), s.odd);
+                let bufs = m.bufs();
                 assert_eq!(perform(queue, &request(Op::Read, offset, &bufs, n as u64)), 0);
-                assert!(m.slice() == &model[range], "step {n} {s:?}");
+                assert!(m.get() == model[range], "step {n} {s:?}");
             }
             Op::Write | Op::WriteFua => {
                 let data = pattern(s.seed, len);
-                let mut m = Memory::of(&data, s.odd);
-                let bufs = m.bufs(&cut(len, &s.cuts));
+                let mut m = Scattered::new(&cut(len, &s.cuts), s.odd);
+                m.set(&data);
+                let bufs = m.bufs();
                 assert_eq!(perform(queue, &request(s.op, offset, &bufs, n as u64)), 0);
                 model[range].copy_from_slice(&data);
             }
