@@ -289,7 +289,7 @@ impl View<'_> {
             parent = node;
         }
         built.push((path, parent));
-        if owner.is_some() && built.iter().any(|(_, n)| n.bytes() > limits::NODE_BYTES) {
+        if owner.is_some() && built.iter().any(|(_, n)| n.bytes() >= limits::NODE_BYTES) {
             return Err(Errno::ENOSPC);
         }
         built.into_iter().try_for_each(|(path, node)| self.put(path, node))
