@@ -83,7 +83,7 @@ impl Errno {
 pub struct ConnId(u64);
 
 /// One connection.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Conn {
     domid: DomId,
     /// Where its relative paths start.
@@ -94,7 +94,7 @@ struct Conn {
 }
 
 /// The store.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Store {
     tree: Tree,
     watches: Watches,

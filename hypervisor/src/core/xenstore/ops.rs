@@ -358,8 +358,11 @@ impl Call<'_> {
         }
     }
 
+    /// The path of a node, or of one of the two events that have permissions.
     fn special(&self, sent: &[u8]) -> Result<String, Errno> {
-        path::canonical(text(sent)?, self.home, Special::Allowed).ok_or(Errno::EINVAL)
+        let path = path::canonical(text(sent)?, self.home, Special::Allowed);
+        let known = |p: &String| p.starts_with('/') || p == path::INTRODUCE || p == path::RELEASE;
+        path.filter(known).ok_or(Errno::EINVAL)
     }
 
     fn get_perms(&mut self, sent: &[u8]) -> Result<Vec<u8>, Errno> {
