@@ -33,7 +33,8 @@ pub mod limits {
     pub const TRANSACTIONS: usize = 10;
     /// Nodes touched by one transaction of a domain (ENOSPC).
     pub const TRANSACTION_NODES: usize = 1024;
-    /// A node's own bytes: header, permissions, value, names of its children (ENOSPC).
+    /// A node has fewer bytes of its own: header, permissions, value, names of its children
+    /// (ENOSPC).
     pub const NODE_BYTES: usize = 2048;
     /// Permissions of one node (ENOSPC).
     pub const PERMS: usize = 5;
@@ -82,7 +83,7 @@ impl Errno {
 pub struct ConnId(u64);
 
 /// One connection.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Conn {
     domid: DomId,
     /// Where its relative paths start.
@@ -93,14 +94,14 @@ struct Conn {
 }
 
 /// The store.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Store {
     tree: Tree,
     watches: Watches,
     conns: HashMap<ConnId, Conn>,
     next_conn: u64,
     introduced: BTreeSet<DomId>,
-    /// Domains that XS_INTRODUCE may name.
+    /// Domains that exist, introduced or not.
     known: BTreeSet<DomId>,
     targets: BTreeMap<DomId, DomId>,
     fires: Vec<Fire>,
@@ -171,7 +172,7 @@ impl Store {
         std::mem::take(&mut self.events)
     }
 
-    /// Lets XS_INTRODUCE name a domain that has come to be.
+    /// Lets XS_INTRODUCE and XS_SET_PERMS name a domain that has come to be.
     pub fn domain_created(&mut self, domid: DomId) {
         self.known.insert(domid);
     }

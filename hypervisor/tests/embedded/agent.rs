@@ -1,5 +1,7 @@
 //! Real processes for the tests: the test binary runs itself in a role, and does what it is
 //! told over a Unix socket, a line each way.
+// Mapped pages are reached by address.
+#![allow(unsafe_code)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,6 +1,4 @@
 //! The bundled hypervisor with real processes.
-// Processes reach mapped pages by address.
-#![allow(unsafe_code, clippy::unwrap_used)]
 
 mod agent;
 mod hostile;

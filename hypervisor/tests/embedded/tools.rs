@@ -23,6 +23,10 @@ fn run(socket: &Path, tool: &str, args: &[&str]) -> (bool, String) {
 fn read_write_list_exists_rm_ls_chmod() {
     let rig = Rig::start();
     let socket = rig.store_socket();
+    let toolstack = rig.toolstack();
+    for domid in [3, 5, 7] {
+        toolstack.create_domain(Some(domid), Kind::Guest, "guest").unwrap();
+    }
     let ok = |tool: &str, args: &[&str]| {
         let (success, text) = run(&socket, tool, args);
         assert!(success, "{tool} {args:?}: {text}");

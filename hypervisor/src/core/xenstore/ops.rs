@@ -111,8 +111,8 @@ impl Store {
         Ok(Asker::new(conn.domid, &self.targets))
     }
 
-    /// Path and permissions of XS_SET_PERMS. What a domain sets are not many, and their owner
-    /// exists.
+    /// Path and permissions of XS_SET_PERMS. Their owner exists, and a domain sets not
+    /// many.
     fn set_perms_args<'a>(
         &self,
         id: ConnId,
@@ -128,7 +128,7 @@ impl Store {
             return Err(Errno::ENOSPC);
         }
         let perms = list.iter().map(|p| Perm::parse(p)).collect::<Result<Vec<_>, _>>()?;
-        if limited && !self.known.contains(&perms[0].domid) {
+        if !self.known.contains(&perms[0].domid) {
             return Err(Errno::ENOENT);
         }
         Ok((path, perms))
@@ -317,7 +317,7 @@ impl Call<'_> {
             Ok(node) => {
                 let mut node = Arc::unwrap_or_clone(node);
                 node.data = data;
-                if self.owner().is_some() && node.bytes() > limits::NODE_BYTES {
+                if self.owner().is_some() && node.bytes() >= limits::NODE_BYTES {
                     return Err(Errno::ENOSPC);
                 }
                 self.view.put(&path, node)?;
@@ -358,8 +358,11 @@ impl Call<'_> {
         }
     }
 
+    /// The path of a node, or of one of the two events that have permissions.
     fn special(&self, sent: &[u8]) -> Result<String, Errno> {
-        path::canonical(text(sent)?, self.home, Special::Allowed).ok_or(Errno::EINVAL)
+        let path = path::canonical(text(sent)?, self.home, Special::Allowed);
+        let known = |p: &String| p.starts_with('/') || p == path::INTRODUCE || p == path::RELEASE;
+        path.filter(known).ok_or(Errno::EINVAL)
     }
 
     fn get_perms(&mut self, sent: &[u8]) -> Result<Vec<u8>, Errno> {

@@ -34,7 +34,7 @@ impl Node {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Tree {
     nodes: HashMap<String, Arc<Node>>,
     /// Nodes by owner; domain 0's are not counted.
@@ -42,7 +42,7 @@ pub(super) struct Tree {
     generation: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Transaction {
     seen: HashMap<String, Option<Arc<Node>>>,
     changed: BTreeMap<String, Option<Arc<Node>>>,
@@ -289,7 +289,7 @@ impl View<'_> {
             parent = node;
         }
         built.push((path, parent));
-        if owner.is_some() && built.iter().any(|(_, n)| n.bytes() > limits::NODE_BYTES) {
+        if owner.is_some() && built.iter().any(|(_, n)| n.bytes() >= limits::NODE_BYTES) {
             return Err(Errno::ENOSPC);
         }
         built.into_iter().try_for_each(|(path, node)| self.put(path, node))

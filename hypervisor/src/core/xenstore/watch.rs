@@ -53,7 +53,7 @@ impl Fire {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Watch {
     conn: ConnId,
     domid: DomId,
@@ -82,7 +82,7 @@ impl Watch {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Watches {
     by_path: HashMap<String, Vec<Watch>>,
 }
@@ -158,14 +158,12 @@ impl Watches {
     }
 }
 
-/// Whether the change may be known: the node is readable (or was, where it is gone), or the
+/// Whether the change may be known: the node is readable or was before the change, or the
 /// folder that it is in is.
 fn permitted(fire: &Fire, tree: &Tree, asker: Asker) -> bool {
     let readable = |perms: &[Perm]| asker.rights(perms).covers(Rights::READ);
-    let own = match &fire.perms {
-        Some(old) => readable(old),
-        None => tree.main(&fire.path).is_some_and(|n| readable(&n.perms)),
-    };
+    let was = fire.perms.as_ref().is_some_and(|old| readable(old));
+    let own = was || tree.main(&fire.path).is_some_and(|n| readable(&n.perms));
     let folder = path::parent(&fire.path);
     own || (fire.path.starts_with('/') && tree.main(folder).is_some_and(|n| readable(&n.perms)))
 }

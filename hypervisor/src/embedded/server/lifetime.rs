@@ -65,6 +65,7 @@ impl Server {
             CreateError::BadNumber => Errno::INVAL,
             CreateError::Full => Errno::NOSPC,
         })?;
+        self.store.domain_created(domid);
         let home = path::domain(domid);
         let read = format!("n0\0r{domid}\0");
         let own = format!("n{domid}\0");
