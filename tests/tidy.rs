@@ -101,7 +101,7 @@ impl<'ast> Visit<'ast> for Functions {
 #[derive(Debug, Default, PartialEq)]
 struct Found {
     unfinished: Vec<String>,
-    ignored_tests: usize,
+    ignored: Vec<String>,
     has_unsafe: bool,
     opts_in: bool,
 }
@@ -138,9 +138,12 @@ impl Found {
     /// The inside of `#[...]` or of an array.
     fn bracket(&mut self, inside: &TokenStream) {
         let text = inside.to_string().replace(' ', "");
-        self.ignored_tests += usize::from(text == "ignore" || text.starts_with("ignore="));
-        self.opts_in |=
-            text.starts_with("allow(unsafe_code") || text.starts_with("expect(unsafe_code");
+        if text == "ignore" || text.starts_with("ignore=") {
+            self.ignored
+                .push(text.trim_start_matches("ignore").trim_matches(['=', '"']).to_owned());
+        }
+        self.opts_in |= (text.starts_with("allow(") || text.starts_with("expect("))
+            && text.contains("unsafe_code");
     }
 }
 
@@ -196,29 +199,52 @@ fn nothing_is_unfinished_or_ignored() {
     for (file, text) in texts() {
         let found = Found::of(&text);
         faults.extend(found.unfinished.iter().map(|m| format!("{file}: {m}!")));
-        if found.ignored_tests > 0 {
-            faults.push(format!("{file}: an ignored test"));
+        // A test that another one runs as a process of its own is ignored only by name.
+        let run_by_another = |reason: &str| {
+            reason.strip_prefix("runby").is_some_and(|name| text.contains(&format!("fn {name}(")))
+        };
+        for reason in found.ignored.iter().filter(|r| !run_by_another(r)) {
+            faults.push(format!("{file}: an ignored test ({reason})"));
         }
     }
     report(&faults);
 }
 
+/// Files that may opt in for this one: itself and the modules around it. `a/b/c.rs` is inside `a/b.rs`, `a/b/mod.rs` and
+/// `a/b/main.rs`; what lies in folders of `tests/` is inside the test crates there.
+fn is_inside(file: &str, module: &str) -> bool {
+    let module = module.trim_end_matches(".rs");
+    let stem = module.strip_suffix("/mod").or(module.strip_suffix("/main")).unwrap_or(module);
+    let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let below = |dir: &str| folder == dir || folder.starts_with(&format!("{dir}/"));
+    let test_crate = module.rsplit_once("tests/").filter(|(_, name)| !name.contains('/'));
+    below(stem) || test_crate.is_some_and(|(dir, _)| below(&format!("{dir}tests")))
+}
+
 #[test]
 fn unsafe_is_fenced() {
+    let all: Vec<_> = texts().into_iter().map(|(f, t)| (Found::of(&t), f, t)).collect();
+    let fences: Vec<_> =
+        all.iter().filter(|(found, ..)| found.opts_in).map(|(_, f, _)| f).collect();
+    let users: Vec<_> =
+        all.iter().filter(|(found, ..)| found.has_unsafe).map(|(_, f, _)| f).collect();
     let mut faults = Vec::new();
-    for (file, text) in texts() {
-        let found = Found::of(&text);
-        if found.has_unsafe && !found.opts_in {
+    for file in &users {
+        if !fences.iter().any(|fence| fence == file || is_inside(file, fence)) {
             faults.push(format!("{file}: unsafe without #![allow(unsafe_code)]"));
         }
-        if found.opts_in && (file.ends_with("src/lib.rs") || file.ends_with("src/main.rs")) {
+    }
+    for fence in &fences {
+        if fence.ends_with("src/lib.rs") || fence.ends_with("src/main.rs") {
             faults.push(format!(
-                "{file}: opts in for a whole crate; only the module that needs it may"
+                "{fence}: opts in for a whole crate; only the module that needs it may"
             ));
         }
-        if found.opts_in && !found.has_unsafe {
-            faults.push(format!("{file}: opts in and holds no unsafe"));
+        if !users.iter().any(|file| file == fence || is_inside(file, fence)) {
+            faults.push(format!("{fence}: opts in and holds no unsafe"));
         }
+    }
+    for (found, file, text) in &all {
         if found.has_unsafe && !text.contains("SAFETY:") && !text.contains("# Safety") {
             faults.push(format!("{file}: unsafe without its reason"));
         }
@@ -267,8 +293,13 @@ fn the_checks_see_faults() {
     let todo = Found::of("fn f() { if x { todo!(\"later\") } }");
     assert_eq!(todo.unfinished, ["todo"]);
     assert_eq!(Found::of("// todo!()\nconst S: &str = \"unsafe todo!()\";"), Found::default());
-    assert_eq!(Found::of("#[test]\n#[ignore = \"slow\"]\nfn f() {}").ignored_tests, 1);
-    let fenced = Found::of("#![allow(unsafe_code)]\nfn f() { unsafe { g() } }");
+    assert_eq!(Found::of("#[test]\n#[ignore = \"slow\"]\nfn f() {}").ignored, ["slow"]);
+    let fenced = Found::of("#![allow(dead_code, unsafe_code)]\nfn f() { unsafe { g() } }");
     assert!(fenced.has_unsafe && fenced.opts_in);
+    assert!(is_inside("a/src/engine/ops.rs", "a/src/engine.rs"));
+    assert!(is_inside("a/tests/x/y.rs", "a/tests/x/main.rs"));
+    assert!(is_inside("a/tests/support/mod.rs", "a/tests/raw.rs"));
+    assert!(!is_inside("a/src/enginery/ops.rs", "a/src/engine.rs"));
+    assert!(!is_inside("a/src/b.rs", "a/src/c.rs"));
     assert!(Found::of("macro_rules! m { () => { unsafe { g() } } }").has_unsafe);
 }

@@ -46,7 +46,7 @@ backend_pids() {
   for p in $(pidof ringback); do
     c=$(tr '\0' ' ' < "/proc/$p/cmdline" 2> /dev/null)
     case "$c" in
-      *" backend blk "*"--domid ${1:-}"*) echo "$p" ;;
+      *" backend blk "*"--domid ${1:+$1 }"*) echo "$p" ;;
     esac
   done
 }

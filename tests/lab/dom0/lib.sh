@@ -38,7 +38,7 @@ slowness() {
   for i in 1 2 3 4 5; do xl list > /dev/null; done
   percent=$((($(ms) - s0) * 20 / XL_LIST_MS))
   [ $percent -gt 100 ] || percent=100
-  [ $percent -le 500 ] || percent=500
+  [ $percent -le 2000 ] || percent=2000
   echo $percent
 }
 scaled() { echo $(($1 * $(cat $CTL/slowness 2> /dev/null || echo 100) / 100)); }
