@@ -4,7 +4,10 @@
 fn the_table_of_knobs_is_the_codes_own() {
     let page = include_str!("../docs/tuning.md");
     let table = blkback::config::markdown();
-    assert!(page.contains(&table), "docs/tuning.md: put the output of `ringback knobs --markdown` there");
+    assert!(
+        page.contains(&table),
+        "docs/tuning.md: put the output of `ringback knobs --markdown` there"
+    );
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use blktap::disk::RawDisk;
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry};
-use hypervisor::xenbus::{Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, State};
+use hypervisor::xenbus::{
+    Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, Parting, State,
+};
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
 
@@ -241,7 +244,7 @@ impl Device for BlkDevice {
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
-        self.disconnect();
+        self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
         let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
         let geometry = disk.geometry();
@@ -263,12 +266,13 @@ impl Device for BlkDevice {
         Ok(if how == Meeting::Fresh { keys } else { Vec::new() })
     }
 
-    fn disconnect(&mut self) {
+    fn disconnect(&mut self, why: Parting) {
         let Some(mut serving) = self.serving.take() else { return };
+        let begun = Instant::now();
         // All are told before the first is waited for.
-        serving.queues.iter().for_each(Queue::stop);
+        serving.queues.iter().for_each(|queue| queue.stop(why));
         serving.queues.clear();
-        tracing::info!("{}: disconnected", self.id);
+        tracing::info!("{}: disconnected in {} ms", self.id, begun.elapsed().as_millis());
     }
 
     fn release(&mut self) {

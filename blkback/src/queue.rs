@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blktap::Disk;
-use hypervisor::xenbus::{Fault, Faults};
+use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use perf::Handle;
 use rings::persistent::PoolCounters;
@@ -30,6 +30,7 @@ use worker::{Run, Worker};
 /// What a queue's thread and the device's control share.
 pub(crate) struct Shared {
     stop: AtomicBool,
+    flush: AtomicBool,
     sectors: AtomicU64,
     wake: OwnedFd,
 }
@@ -37,6 +38,9 @@ pub(crate) struct Shared {
 impl Shared {
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+    fn flushing(&self) -> bool {
+        self.flush.load(Ordering::Relaxed)
     }
     fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Relaxed)
@@ -108,6 +112,7 @@ impl Queue {
             (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
+            flush: AtomicBool::new(false),
             sectors: AtomicU64::new(start.limits.sectors),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
@@ -164,7 +169,8 @@ impl Queue {
     }
 
     /// Asks the thread to stop; dropping the queue waits for it.
-    pub(crate) fn stop(&self) {
+    pub(crate) fn stop(&self, why: Parting) {
+        self.shared.flush.fetch_or(why == Parting::Leave, Ordering::Relaxed);
         self.shared.stop.store(true, Ordering::Release);
         // It fails where the count is full, and then the thread wakes anyway.
         if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
@@ -176,7 +182,7 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         self.note_cpu();
-        self.stop();
+        self.stop(Parting::Frontend);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

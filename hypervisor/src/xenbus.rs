@@ -10,7 +10,7 @@ mod nodes;
 mod server;
 pub mod toolstack;
 
-pub use device::{Device, Fault, Faults, Meeting};
+pub use device::{Device, Fault, Faults, Meeting, Parting};
 pub use machine::State;
 pub use nodes::{DeviceId, Key, Nodes};
 pub use server::{Backend, Nodesets, Options, Scope, serve};

@@ -506,7 +506,7 @@ impl<A: Abi> Worker<A> {
         Ok(())
     }
 
-    /// Waits for all that is in flight and answers it, and leaves the disk flushed.
+    /// Waits for all that is in flight and answers it.
     fn drain(&mut self) -> Result<(), Fault> {
         while self.disk.in_flight() > 0 {
             self.disk.wait(&[], None)?;
@@ -514,6 +514,11 @@ impl<A: Abi> Worker<A> {
             self.run.done.clear();
         }
         self.publish()?;
+        if self.shared.flushing() { self.flush() } else { Ok(()) }
+    }
+
+    /// Leaves what was answered safe on the disk.
+    fn flush(&mut self) -> Result<(), Fault> {
         let request =
             blktap::Request { op: Op::Flush, offset: 0, len: 0, bufs: &[], token: u64::MAX };
         if self.disk.submit(&request).is_ok() {

@@ -48,6 +48,16 @@ pub enum Meeting {
     Attach,
 }
 
+/// Why a device stops serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// The frontend closes, is gone, or broke the protocol.
+    Frontend,
+    /// This process ends, and a successor goes on with the same rings: leave what was answered
+    /// safe on the disk.
+    Leave,
+}
+
 /// A backend device, called by its own thread alone.
 pub trait Device: Send {
     /// What the frontend must see before it chooses; written before state 2.
@@ -55,7 +65,7 @@ pub trait Device: Send {
     /// Maps the rings and serves them. What it returns is written before state 4.
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault>;
     /// Answers what is in flight, stops and unmaps. Called in any state.
-    fn disconnect(&mut self);
+    fn disconnect(&mut self, why: Parting);
     /// Closes what the device stands on. Called in any state.
     fn release(&mut self);
     /// Called each second while connected, for what nobody announces (a file that has grown).
@@ -115,7 +125,7 @@ impl Runner {
                 }
             }
         }
-        self.device.disconnect();
+        self.device.disconnect(Parting::Leave);
         self.device.release();
     }
 
@@ -156,7 +166,7 @@ impl Runner {
             Action::Connect => self.device.connect(&self.nodes, Meeting::Fresh, faults.clone()),
             Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
             Action::Disconnect => {
-                self.device.disconnect();
+                self.device.disconnect(Parting::Frontend);
                 Ok(Vec::new())
             }
             Action::Release => {
