@@ -29,7 +29,7 @@ fn checks(context: &Context) -> Vec<Check> {
             .to_owned()),
         false => Ok("not loaded".to_owned()),
     };
-    let engine = blktap::doctor().map(|_| "works".to_owned()).map_err(|e| e.to_string());
+    let engine = blktap::doctor().map_err(|e| e.to_string());
     vec![
         check("hypervisor", hypervisor.map(|h| format!("this is domain {}", h.domid()))),
         check("xenstore", store),

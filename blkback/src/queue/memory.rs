@@ -32,8 +32,6 @@ pub(super) const TABLE_PAGES: usize = 64;
 /// until its last page leaves the pool, so this is also by how much the pool's limit can be
 /// exceeded at worst.
 const CHUNK: usize = 16;
-/// How often a full pool makes room, in ns.
-const PURGE_EVERY: u64 = 100_000_000;
 
 /// One page of a mapping.
 struct Page {
@@ -59,7 +57,6 @@ pub(super) struct Memory {
     pool: PersistentPool<Page>,
     limit: usize,
     idle: Duration,
-    purged: u64,
     /// First the tables, then the payload; made when first needed.
     buffer: Option<Buffer>,
     buffer_pages: usize,
@@ -98,7 +95,6 @@ impl Memory {
             ),
             limit: config.max_persistent_grants as usize,
             idle: config.persistent_idle(),
-            purged: 0,
             buffer: None,
             buffer_pages: TABLE_PAGES + payload,
             free: (TABLE_PAGES as u32..(TABLE_PAGES + payload) as u32).rev().collect(),
@@ -125,7 +121,7 @@ impl Memory {
         now: u64,
     ) -> Result<(), Short> {
         if self.mode == GrantMode::Persistent {
-            self.place_mapped(pieces, now);
+            self.place_mapped(pieces);
         }
         let copied = pieces.iter().filter(|p| p.place == Place::Nowhere).count();
         if copied > self.free.len() {
@@ -144,7 +140,7 @@ impl Memory {
     }
 
     /// Finds what is mapped, and maps what is not while the pool has room.
-    fn place_mapped(&mut self, pieces: &mut [Piece], now: u64) {
+    fn place_mapped(&mut self, pieces: &mut [Piece]) {
         let mut missing = 0;
         for piece in pieces.iter_mut() {
             // Pages are mapped for both directions: the frontend uses them again for either.
@@ -154,7 +150,7 @@ impl Memory {
             }
         }
         if missing > 0 {
-            self.purge(now);
+            self.make_room(missing);
             let room = self.limit.saturating_sub(self.pool.len());
             self.map_missing(pieces, missing.min(room));
         }
@@ -199,17 +195,15 @@ impl Memory {
         }
     }
 
-    /// Makes room in a full pool as Linux does: a twentieth, the longest unused first, and not
-    /// more often than each 100 ms. In between, what is not mapped is copied: a guest whose pages
-    /// exceed the pool would otherwise pay a mapping and an unmapping for each of them.
-    fn purge(&mut self, now: u64) {
-        if self.pool.len() < self.limit || now.saturating_sub(self.purged) < PURGE_EVERY {
-            return;
+    /// Makes room in a full pool: the longest unused go. They were mapped and used together, so
+    /// they mostly leave as whole mappings.
+    fn make_room(&mut self, wanted: usize) {
+        let over = (self.pool.len() + wanted).saturating_sub(self.limit).min(self.limit);
+        if over > 0 {
+            let idle = self.idle.as_nanos() as u64;
+            self.pool.set_limits((self.limit - over) as u32, idle, drop);
+            self.pool.set_limits(self.limit as u32, idle, drop);
         }
-        self.purged = now;
-        let (limit, idle) = (self.limit as u32, self.idle.as_nanos() as u64);
-        self.pool.set_limits(limit - limit.div_ceil(20), idle, drop);
-        self.pool.set_limits(limit, idle, drop);
     }
 
     /// Unmaps what was not used for long.
