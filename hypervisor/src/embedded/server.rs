@@ -107,6 +107,8 @@ struct Sockets {
     /// taken and closed instead of waking us for ever.
     spare: Option<OwnedFd>,
     names: [PathBuf; 2],
+    /// On the run folder; let go after the names are removed.
+    _lock: OwnedFd,
 }
 
 impl Drop for Sockets {
@@ -126,15 +128,15 @@ pub fn serve(run_dir: &Path, stop: BorrowedFd<'_>) -> io::Result<()> {
     Server::new(run_dir)?.run(stop)
 }
 
-/// Removes the sockets of a run folder whose hypervisor is gone; leaves a living one's alone.
+/// Removes the sockets of a run folder whose hypervisor is gone. AddrInUse: it lives.
 pub fn sweep(run_dir: &Path) -> io::Result<()> {
-    sockets::sweep(run_dir)
+    sockets::sweep(run_dir).map(drop)
 }
 
 impl Server {
     /// Listens in a run folder; see [`serve`].
     pub fn new(run_dir: &Path) -> io::Result<Server> {
-        sockets::prepare(run_dir)?;
+        let lock = sockets::prepare(run_dir)?;
         sockets::raise_descriptor_limit();
         let names = [run_dir.join(HYPERVISOR_SOCKET), run_dir.join(STORE_SOCKET)];
         let requests = sockets::listen(&names[0], sockets::Style::Datagrams)?;
@@ -147,7 +149,7 @@ impl Server {
         let spare = sockets::spare();
         let mut server = Server {
             epoll,
-            sockets: Sockets { requests, stores, spare, names },
+            sockets: Sockets { requests, stores, spare, names, _lock: lock },
             domains: Domains::new(),
             store,
             own,

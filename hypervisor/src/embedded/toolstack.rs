@@ -46,7 +46,9 @@ impl Toolstack {
         self.link.call(&Request::ConnectDomain { domid })?.fd()
     }
 
-    /// Ends a domain, whatever its process does. ESRCH: there is none.
+    /// Ends a domain, whatever its process does: its requests are refused and its lifeline becomes
+    /// readable. What it has mapped itself it keeps until it exits, and so do its ends of event
+    /// channels: end the process as well. ESRCH: there is none.
     pub fn destroy_domain(&self, domid: DomId) -> io::Result<()> {
         self.link.call(&Request::DestroyDomain { domid }).map(|_| ())
     }

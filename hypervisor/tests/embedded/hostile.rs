@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use hypervisor::core::domains::Kind;
-use hypervisor::embedded::message::{Endpoint, MAX_FDS, MAX_MESSAGE, Reader, Request};
+use hypervisor::embedded::message::{Copy, Endpoint, MAX_FDS, MAX_MESSAGE, Reader, Request};
 use hypervisor::{Access, store::Tx};
 use rustix::fs::{FallocateFlags, OFlags, SealFlags};
 use rustix::io::Errno;
@@ -255,6 +255,72 @@ fn who_does_not_read_is_not_listened_to() {
         }
     }
     assert!(sent < 5000, "{sent} requests were taken from a client that reads nothing");
+    scene.all_is_well();
+}
+
+/// Requests that are well formed and mean nothing in particular.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % below
+    }
+    fn access(&mut self) -> Access {
+        if self.next(2) == 0 { Access::ReadOnly } else { Access::ReadWrite }
+    }
+    fn refs(&mut self) -> Vec<u32> {
+        (0..self.next(6)).map(|_| self.next(24) as u32).collect()
+    }
+    fn copy(&mut self) -> Copy {
+        let (gref, offset, len) = (self.next(24) as u32, self.next(5000), self.next(9000));
+        let at = if self.next(9) == 0 { u64::MAX } else { self.next(9000) };
+        Copy { gref, offset: offset as u16, len: len as u16, at, access: self.access() }
+    }
+    fn request(&mut self, own: u16) -> Request {
+        let domid = [0, own, own + 1, 99][self.next(4) as usize];
+        let small = |r: &mut Random| r.next(5) as u32;
+        match self.next(12) {
+            0 => Request::OpenArena { peer: domid, access: self.access() },
+            1 => Request::SealArena { arena: small(self) },
+            2 | 3 => {
+                let (arena, first) = (small(self), self.next(32769) as u32);
+                Request::Grant { arena, first, count: small(self) }
+            }
+            4 => Request::EndAccess { refs: self.refs() },
+            5 => Request::AllocUnbound { peer: domid },
+            6 => Request::Bind { domid, port: small(self) },
+            7 => Request::Close { port: small(self) },
+            8 => Request::Map { domid, access: self.access(), refs: self.refs() },
+            9 => Request::Unmap { handle: self.next(40) },
+            10 => Request::Buffer { len: 4096 * self.next(3) },
+            _ => {
+                let ops = (0..self.next(5)).map(|_| self.copy()).collect();
+                Request::Copy { domid, buffer: self.next(40), ops }
+            }
+        }
+    }
+}
+
+#[test]
+fn any_requests_at_all_leave_the_hypervisor_whole() {
+    let mut scene = Scene::start();
+    scene.all_is_well();
+    let mut done = [0; 2];
+    for seed in 0..3 {
+        let mut random = Random(seed);
+        for _ in 0..3000 {
+            let request = random.request(scene.domid);
+            let (status, _, _) = scene.raw.ask(&request);
+            done[usize::from(status == 0)] += 1;
+        }
+        scene.all_is_well();
+    }
+    assert!(done.iter().all(|n| *n > 1000), "refused and done: {done:?}");
+    // What it maps and copies of its own counts as in use: it all goes with the domain.
+    let (domid, toolstack) = (scene.domid, scene.rig.toolstack());
+    toolstack.destroy_domain(domid).unwrap();
+    assert!(!toolstack.domains().unwrap().contains(&domid));
     scene.all_is_well();
 }
 

@@ -1,12 +1,13 @@
 //! Who is killed, and what the others see of it.
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use hypervisor::core::domains::Kind;
-use hypervisor::embedded::{Toolstack, sweep};
+use hypervisor::embedded::{Server, Toolstack, sweep};
 use hypervisor::store::{Tx, Watched};
 
 use crate::agent::{Rig, readable, until};
@@ -129,6 +130,18 @@ fn a_hypervisor_that_ends_leaves_nothing() {
     assert!(sweep(&rig.run_dir()).is_err(), "a living hypervisor was swept away");
     assert!(rig.stop());
     assert_eq!(names(&rig.run_dir()), Vec::<String>::new());
+}
+
+#[test]
+fn a_folder_has_one_hypervisor_and_no_other_users() {
+    let rig = Rig::start();
+    let second = Server::new(&rig.run_dir()).map(drop).unwrap_err();
+    assert_eq!(second.kind(), std::io::ErrorKind::AddrInUse);
+    assert_eq!(rig.toolstack().domains().unwrap(), [0], "the first one was disturbed");
+    let open = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(open.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let refused = Server::new(open.path()).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied);
 }
 
 #[test]

@@ -5,8 +5,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use hypervisor::core::domains::Kind;
+use hypervisor::xenbus::{
+    DeviceId,
+    toolstack::{Device, attach},
+};
 
-use crate::agent::Rig;
+use crate::agent::{Rig, until};
 
 /// Runs a tool; its output, and whether it succeeded.
 fn run(socket: &Path, tool: &str, args: &[&str]) -> (bool, String) {
@@ -108,4 +112,34 @@ fn a_domain_has_its_nodes_and_no_others() {
     {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
+}
+
+#[test]
+fn a_device_is_attached_and_both_ends_see_it() {
+    let rig = Rig::start();
+    let toolstack = rig.toolstack();
+    let store = toolstack.store().unwrap();
+    let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
+    let other = toolstack.create_domain(None, Kind::Guest, "other").unwrap();
+    let (mut guest, mut stranger) = (rig.guest(domid), rig.guest(other));
+    let device = Device {
+        id: DeviceId { domid, kind: "vbd", devid: 51712 },
+        backend: 0,
+        backend_keys: vec![("params".into(), "raw:/dev/null".into())],
+        frontend_keys: Vec::new(),
+    };
+    attach(&store, &device).unwrap();
+    let back = guest.ask("read device/vbd/51712/backend");
+    assert_eq!(back, format!("/local/domain/0/backend/vbd/{domid}/51712"));
+    assert_eq!(guest.ask(&format!("read {back}/params")), "raw:/dev/null");
+    guest.ask("write device/vbd/51712/ring-ref 8");
+    let front = format!("/local/domain/{domid}/device/vbd/51712");
+    assert_eq!(store.get(&format!("{front}/ring-ref")).unwrap().as_deref(), Some("8"));
+    guest.try_ask(&format!("write {back}/state 4")).expect_err("a guest wrote its backend's node");
+    stranger.try_ask(&format!("read {front}/state")).expect_err("a stranger read a frontend");
+    stranger.try_ask(&format!("read {back}/state")).expect_err("a stranger read a backend");
+    guest.kill();
+    until("both directories are gone", || {
+        [&front, &back].iter().all(|path| store.get(path).unwrap().is_none())
+    });
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
 use rustix::event::epoll::EventFlags;
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
@@ -26,12 +27,11 @@ pub(super) enum Style {
     Bytes,
 }
 
-/// Makes or checks the run folder, and removes what a dead predecessor left in it.
-pub(super) fn prepare(run_dir: &Path) -> io::Result<()> {
-    match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir) {
-        Ok(()) => {}
-        Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", run_dir.display()))),
-    }
+/// Makes or checks the run folder, takes it for this process, and removes what a dead
+/// predecessor left in it. The folder is this process's for as long as the lock lives.
+pub(super) fn prepare(run_dir: &Path) -> io::Result<OwnedFd> {
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", run_dir.display()));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(named)?;
     let meta = std::fs::metadata(run_dir)?;
     if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
         let why = format!("{} must be this user's with mode 0700", run_dir.display());
@@ -40,24 +40,25 @@ pub(super) fn prepare(run_dir: &Path) -> io::Result<()> {
     sweep(run_dir)
 }
 
-/// Removes sockets that nobody listens on any more.
-pub(super) fn sweep(run_dir: &Path) -> io::Result<()> {
-    for (name, kind) in
-        [(HYPERVISOR_SOCKET, SocketType::SEQPACKET), (STORE_SOCKET, SocketType::STREAM)]
-    {
-        let path = run_dir.join(name);
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let probe = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
-        match rustix::net::connect(&probe, &SocketAddrUnix::new(&path)?) {
-            Err(Errno::CONNREFUSED) => std::fs::remove_file(&path)?,
-            Err(Errno::NOENT) => {}
-            _ => {
-                let why = format!("{} is served by another hypervisor", run_dir.display());
-                return Err(io::Error::new(io::ErrorKind::AddrInUse, why));
-            }
+/// Removes sockets that nobody listens on any more. The lock on the folder, which a process
+/// loses when it dies however it dies, says whether somebody does.
+pub(super) fn sweep(run_dir: &Path) -> io::Result<OwnedFd> {
+    let lock = OwnedFd::from(std::fs::File::open(run_dir)?);
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::AGAIN) => {
+            let why = format!("{} is served by another hypervisor", run_dir.display());
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, why));
+        }
+        Err(e) => return Err(e.into()),
+    }
+    for name in [HYPERVISOR_SOCKET, STORE_SOCKET] {
+        match std::fs::remove_file(run_dir.join(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
         }
     }
-    Ok(())
+    Ok(lock)
 }
 
 /// Each connection, channel and arena takes descriptors: as many as are allowed.
@@ -99,7 +100,7 @@ pub(super) fn pair(style: Style) -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Sockets {
-    /// A waiting connection of this user's or root's.
+    /// A waiting connection. Only this user and root can reach the sockets in their folder.
     pub(super) fn accept(&mut self, listener: u64) -> Option<OwnedFd> {
         let listening = if listener == REQUESTS { &self.requests } else { &self.stores };
         match rustix::net::accept_with(listening, SocketFlags::CLOEXEC) {
