@@ -11,7 +11,7 @@ DISK2="format=raw,script=block-ringback,devtype=cdrom,vdev=xvdc,access=ro,target
 guest_start g
 same "read-only" 1 "$(g g 'cat /sys/block/xvdc/ro' | tail -n 1)"
 same "removable" 1 "$(g g 'cat /sys/block/xvdc/removable' | tail -n 1)"
-same "info: CD-ROM and read-only" 5 "$(node "$(backend_node g xvdc)/info")"
+same "info: CD-ROM, removable and read-only" 7 "$(node "$(backend_node g xvdc)/info")"
 same_bytes g xvdc "$a"
 g g "dd if=/dev/zero of=/dev/xvdc bs=4k count=1 oflag=direct 2>&1" && fail "the disc could be written"
 step "eject"
