@@ -55,7 +55,7 @@ leaks_look() {
   new_lines "domain or zombie" domains
   granting_domains > $CTL/granting.after
   # more active grants than before; fewer is no leak (a frontend's own pool shrinks)
-  awk 'NR == FNR { had[$1] = $2; next } !($1 in had) || $2 > had[$1] { print "active grants: domain " $1 " has " $2 ", before " had[$1] + 0 }' \
+  awk 'FILENAME == ARGV[1] { had[$1] = $2; next } !($1 in had) || $2 > had[$1] { print "active grants: domain " $1 " has " $2 ", before " had[$1] + 0 }' \
     $CTL/granting.before $CTL/granting.after >> $CTL/leaks
   ports > $CTL/ports.after
   new_lines port ports
@@ -63,7 +63,7 @@ leaks_look() {
   new_lines "store node" store
   processes > $CTL/processes.after
   # a new process, or more of anything in an old one
-  awk 'NR == FNR { seen[$1] = 1; t[$1] = $2; f[$1] = $3; g[$1] = $4; next }
+  awk 'FILENAME == ARGV[1] { seen[$1] = 1; t[$1] = $2; f[$1] = $3; g[$1] = $4; next }
     !($1 in seen) { print "process: new: " $0; next }
     $2 > t[$1] { print "process: " $1 " has " $2 " threads, before " t[$1] }
     $3 > f[$1] { print "process: " $1 " has " $3 " descriptors, before " f[$1] }
