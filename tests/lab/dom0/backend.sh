@@ -19,10 +19,16 @@ backend_install() {
 # told to leak by RINGBACK_TEST_LEAK.
 backend_start() {
   [ "$BACKEND" = ringback ] || return 0
-  RINGBACK_LOG=${RINGBACK_LOG:-info} setsid "${RINGBACK_BIN:-/lab/bin/ringback}" daemon "$@" >> $CTL/daemon.log 2>&1 < /dev/null &
+  NO_COLOR=1 RINGBACK_LOG=${RINGBACK_LOG:-info} setsid "${RINGBACK_BIN:-/lab/bin/ringback}" daemon "$@" >> $CTL/daemon.log 2>&1 < /dev/null &
   echo $! > $CTL/daemon.pid
-  usleep 300000
-  kill -0 "$(cat $CTL/daemon.pid)" 2> /dev/null
+  # ready when it says so; what it holds then is what the leak checks compare with
+  i=0
+  until tail -n 1 $CTL/daemon.log | grep -q 'serving block devices'; do
+    i=$((i + 1))
+    [ $i -le 200 ] && kill -0 "$(cat $CTL/daemon.pid)" 2> /dev/null || return 1
+    usleep 50000
+  done
+  usleep 200000
 }
 backend_stop() {
   [ "$BACKEND" = ringback ] || return 0

@@ -24,12 +24,12 @@ granting_domains() {
     END { if (id != "") print id, n }' $CTL/grants.txt | grep -v '^0 '
 }
 domains() { xl list | awk 'NR > 1 && $2 != 0 { print $1, $2 }'; }
-# One line a process of ours: what it is, threads, descriptors, gntdev mappings
+# One line a process of ours: pid, threads, descriptors, gntdev mappings, what it is
 processes() {
   for p in $(pidof ringback); do
     [ -d "/proc/$p/fd" ] || continue
     c=$(tr '\0' ' ' < "/proc/$p/cmdline" 2> /dev/null)
-    echo "$p [$c] threads=$(ls "/proc/$p/task" | wc -l) fds=$(ls "/proc/$p/fd" | wc -l) gntdev=$(grep -c gntdev "/proc/$p/maps")"
+    echo "$p $(ls "/proc/$p/task" | wc -l) $(ls "/proc/$p/fd" | wc -l) $(grep -c gntdev "/proc/$p/maps") $c"
   done | sort
 }
 
@@ -55,14 +55,20 @@ leaks_look() {
   new_lines "domain or zombie" domains
   granting_domains > $CTL/granting.after
   # more active grants than before; fewer is no leak (a frontend's own pool shrinks)
-  awk 'NR == FNR { had[$1] = $2; next } !($1 in had) || $2 > had[$1] { print "active grants: domain " $1 " has " $2 ", before " had[$1] + 0 }' \
+  awk 'FILENAME == ARGV[1] { had[$1] = $2; next } !($1 in had) || $2 > had[$1] { print "active grants: domain " $1 " has " $2 ", before " had[$1] + 0 }' \
     $CTL/granting.before $CTL/granting.after >> $CTL/leaks
   ports > $CTL/ports.after
   new_lines port ports
   store_paths > $CTL/store.after
   new_lines "store node" store
   processes > $CTL/processes.after
-  new_lines process processes
+  # a new process, or more of anything in an old one
+  awk 'FILENAME == ARGV[1] { seen[$1] = 1; t[$1] = $2; f[$1] = $3; g[$1] = $4; next }
+    !($1 in seen) { print "process: new: " $0; next }
+    $2 > t[$1] { print "process: " $1 " has " $2 " threads, before " t[$1] }
+    $3 > f[$1] { print "process: " $1 " has " $3 " descriptors, before " f[$1] }
+    $4 > g[$1] { print "process: " $1 " has " $4 " gntdev mappings, before " g[$1] }' \
+    $CTL/processes.before $CTL/processes.after >> $CTL/leaks
   [ ! -s $CTL/leaks ]
 }
 # leaks_after [MS]: what is still there after that time (3 s) is a leak
