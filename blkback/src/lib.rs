@@ -17,3 +17,7 @@ mod queue;
 pub use backend::{BlkBackend, Open, SCRIPT, Wanted, open_target};
 pub use config::Config;
 pub use counters::QueueCounters;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
