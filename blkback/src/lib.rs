@@ -8,6 +8,7 @@ pub mod backend;
 pub mod config;
 mod control;
 mod counters;
+pub mod frontend;
 #[cfg(feature = "test-faults")]
 mod leak;
 pub mod negotiate;
@@ -17,3 +18,4 @@ mod queue;
 pub use backend::{BlkBackend, Open, SCRIPT, Wanted, open_target};
 pub use config::Config;
 pub use counters::QueueCounters;
+pub use frontend::{BlkFront, FrontOptions};
