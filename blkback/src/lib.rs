@@ -8,6 +8,7 @@ pub mod backend;
 pub mod config;
 mod control;
 mod counters;
+pub mod frontend;
 #[cfg(feature = "test-faults")]
 mod leak;
 pub mod negotiate;
@@ -17,6 +18,7 @@ mod queue;
 pub use backend::{BlkBackend, Open, SCRIPT, Wanted, open_target};
 pub use config::Config;
 pub use counters::QueueCounters;
+pub use frontend::{BlkFront, FrontOptions};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,7 +1,7 @@
 //! One queue of a device: its thread, and how the device's control reaches it.
 
 mod memory;
-mod poll;
+pub(crate) mod poll;
 mod slots;
 mod worker;
 

@@ -11,7 +11,7 @@ const FIRST: u64 = 2_000;
 
 /// Decides between polling and sleeping, as KVM's halt polling does: sleeps that would have been
 /// short make the next poll longer, long ones make it shorter, down to none for an idle device.
-pub(super) struct Poller {
+pub(crate) struct Poller {
     max: u64,
     budget: u64,
     spins: u32,
@@ -20,14 +20,14 @@ pub(super) struct Poller {
 
 impl Poller {
     /// Polls for up to `max_us` microseconds.
-    pub(super) fn new(max_us: u32) -> Poller {
+    pub(crate) fn new(max_us: u32) -> Poller {
         let max = u64::from(max_us) * 1000;
         Poller { max, budget: max, spins: 0, since: None }
     }
 
     /// There was work.
     #[inline]
-    pub(super) fn worked(&mut self, counters: &QueueCounters) {
+    pub(crate) fn worked(&mut self, counters: &QueueCounters) {
         if self.spins > 0 {
             counters.polls_paid.add(1);
             (self.spins, self.since) = (0, None);
@@ -35,7 +35,7 @@ impl Poller {
     }
 
     /// There was none: whether to look again at once.
-    pub(super) fn spin(&mut self, _counters: &QueueCounters) -> bool {
+    pub(crate) fn spin(&mut self, _counters: &QueueCounters) -> bool {
         if self.budget == 0 {
             return false;
         }
@@ -53,7 +53,7 @@ impl Poller {
     }
 
     /// The queue has slept for so many ns.
-    pub(super) fn slept(&mut self, ns: u64) {
+    pub(crate) fn slept(&mut self, ns: u64) {
         (self.spins, self.since) = (0, None);
         self.budget = if ns <= self.max {
             (self.budget * 2).max(FIRST).min(self.max)
