@@ -41,6 +41,15 @@ pub enum Command {
     Detach(Detach),
     /// Tell the guest of a disk's new size (of a file that has grown, or of a resized device).
     Resize(Live),
+    /// Change a knob of a running device (see `ringback knobs`).
+    Set {
+        /// DOMID/VDEV, or a control socket.
+        device: String,
+        /// The knob.
+        knob: String,
+        /// Its new value.
+        value: String,
+    },
     /// Change the disc of a CD-ROM drive.
     #[command(subcommand)]
     Cd(Cd),

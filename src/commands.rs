@@ -47,6 +47,7 @@ pub fn run(cli: Cli) -> Result {
             attach::detach(&context, domid, &vdev, force, backend)
         }
         Command::Resize(device) => live::resize(&context, &device.device),
+        Command::Set { device, knob, value } => live::set(&context, &device, &knob, &value),
         Command::Cd(cd) => attach::cd(&context, &cd),
         Command::Stats(options) => stats::stats(&context, &options),
         Command::List(options) => stats::list(&context, &options),

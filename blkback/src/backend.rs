@@ -12,8 +12,10 @@ use hypervisor::xenbus::{
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
+use serde_json::{Value, json};
 
-use crate::config::{Config, GrantMode, Ordering};
+use crate::config::{Config, GrantMode, Ordering, Reach};
+use crate::control::{self, Command};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
 use crate::proto::{Features, Limits, Mode};
@@ -91,6 +93,7 @@ struct BlkDevice {
 /// What exists while a device is connected. Queues go before the disk.
 struct Serving {
     queues: Vec<Queue>,
+    config: Config,
     disk: Arc<dyn Disk>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
@@ -216,6 +219,21 @@ impl BlkDevice {
         }
     }
 
+    /// Changes a knob of the running queues.
+    fn set(&mut self, knob: &str, value: &str) -> Result<Value, Fault> {
+        let Some(serving) = &mut self.serving else {
+            return Err(Fault("the device is not connected".into()));
+        };
+        let mut config = serving.config.clone();
+        config.set(knob, value).map_err(Fault)?;
+        if Config::reach(knob) == Some(Reach::Connect) {
+            return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
+        }
+        serving.queues.iter().for_each(|queue| queue.set(&config));
+        serving.config = config;
+        Ok(json!({"knob": knob, "value": value}))
+    }
+
     /// Looks how large the disk is now and tells the guest if that has changed.
     fn resize(&mut self, nodes: &Nodes) -> Result<u64, Fault> {
         let Some(serving) = &mut self.serving else {
@@ -250,7 +268,8 @@ impl Device for BlkDevice {
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
-        let mut serving = Serving { queues: Vec::new(), disk, geometry, _stats: None };
+        let mut serving =
+            Serving { queues: Vec::new(), config: config.clone(), disk, geometry, _stats: None };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
         tracing::info!(
             "{}: {} with {} queue(s)",
@@ -287,8 +306,9 @@ impl Device for BlkDevice {
     }
 
     fn control(&mut self, nodes: &Nodes, line: &str) -> String {
-        crate::control::answer(line, |command| match command {
-            crate::control::Command::Resize {} => self.resize(nodes),
+        control::answer(line, |command| match command {
+            Command::Resize {} => self.resize(nodes).map(|size| json!({"size": size})),
+            Command::Set { knob, value } => self.set(&knob, &value),
         })
     }
 }

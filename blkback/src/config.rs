@@ -83,6 +83,11 @@ impl Config {
             .ok_or_else(|| format!("{name}: {value} is not one of its values ({})", knob.range))
     }
 
+    /// When a change of the knob takes effect; `None` if there is no such knob.
+    pub fn reach(name: &str) -> Option<Reach> {
+        KNOBS.iter().find(|knob| knob.name == name).map(|knob| knob.reach)
+    }
+
     /// Sets knobs from `name=value,name=value`, as the `options` key of a backend's node holds.
     pub fn set_all(&mut self, list: &str) -> Result<(), String> {
         for item in list.split(',').filter(|item| !item.is_empty()) {
@@ -99,6 +104,15 @@ impl Config {
     }
 }
 
+/// When a change of a knob takes effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// When a guest connects.
+    Connect,
+    /// At once (`ringback set`).
+    Live,
+}
+
 /// One knob.
 pub struct Knob {
     /// Its name, in configuration, attach and `ringback set`.
@@ -113,6 +127,8 @@ pub struct Knob {
     pub help: &'static str,
     /// The counter in which a change shows.
     pub shows_in: &'static str,
+    /// When a change takes effect.
+    pub reach: Reach,
     set: fn(&mut Config, &str) -> Option<()>,
 }
 
@@ -141,6 +157,7 @@ pub const KNOBS: &[Knob] = &[
         range: "none, writeback, unsafe",
         help: "how the host's page cache is used; none is O_DIRECT",
         shows_in: "latency_read, latency_write",
+        reach: Reach::Connect,
         set: |c, v| {
             c.cache = match v {
                 "none" => Cache::None,
@@ -158,6 +175,7 @@ pub const KNOBS: &[Knob] = &[
         range: "persistent, copy",
         help: "payload transport; persistent needs a frontend that offers it, else copy",
         shows_in: "grants_copied, hits",
+        reach: Reach::Connect,
         set: |c, v| {
             c.grants = match v {
                 "persistent" => GrantMode::Persistent,
@@ -174,6 +192,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 65536",
         help: "pages that each queue keeps mapped",
         shows_in: "evictions",
+        reach: Reach::Live,
         set: |c, v| put(&mut c.max_persistent_grants, number(v, 1, 65536)),
     },
     Knob {
@@ -183,6 +202,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 86400",
         help: "after which an unused persistent grant is unmapped",
         shows_in: "evictions",
+        reach: Reach::Live,
         set: |c, v| put(&mut c.persistent_idle_s, number(v, 1, 86400)),
     },
     Knob {
@@ -192,6 +212,7 @@ pub const KNOBS: &[Knob] = &[
         range: "0 to 4",
         help: "largest ring offered: 4 is 16 pages, 512 requests",
         shows_in: "ring_full",
+        reach: Reach::Connect,
         set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, 4)),
     },
     Knob {
@@ -201,6 +222,7 @@ pub const KNOBS: &[Knob] = &[
         range: "1 to 64",
         help: "most queues offered; each has a thread of its own",
         shows_in: "requests of each queue",
+        reach: Reach::Connect,
         set: |c, v| put(&mut c.max_queues, number(v, 1, MAX_QUEUES)),
     },
     Knob {
@@ -210,6 +232,7 @@ pub const KNOBS: &[Knob] = &[
         range: "0 (not offered), 12 to 4096",
         help: "largest request: 256 is 1 MiB",
         shows_in: "indirect",
+        reach: Reach::Connect,
         set: |c, v| {
             let n = number(v, 0, 4096).filter(|n| *n == 0 || *n >= 12);
             put(&mut c.max_indirect_segments, n)
@@ -222,6 +245,7 @@ pub const KNOBS: &[Knob] = &[
         range: "0 to 10000",
         help: "how long a queue polls before it sleeps, at most; it polls less where that does not pay",
         shows_in: "polls_paid, notifications_received, cpu_ns",
+        reach: Reach::Live,
         set: |c, v| put(&mut c.poll_us, number(v, 0, 10_000)),
     },
     Knob {
@@ -231,6 +255,7 @@ pub const KNOBS: &[Knob] = &[
         range: "flush, barrier, both",
         help: "ordering primitives offered; barrier (alone) excludes indirect descriptors",
         shows_in: "f_req, barriers",
+        reach: Reach::Connect,
         set: |c, v| {
             c.ordering = match v {
                 "flush" => Ordering::Flush,
@@ -248,16 +273,17 @@ pub const KNOBS: &[Knob] = &[
         range: "none, or numbers joined by +",
         help: "processors that the queues' threads are bound to, in turn",
         shows_in: "cpu_ns",
+        reach: Reach::Connect,
         set: |c, v| put(&mut c.cpus, list(v)),
     },
 ];
 
 /// The table of all knobs for docs/tuning.md.
 pub fn markdown() -> String {
-    let head =
-        "| knob | unit | default | values | what it does | shows in |\n|---|---|---|---|---|---|\n";
+    let head = "| knob | unit | default | values | what it does | live | shows in |\n|---|---|---|---|---|---|---|\n";
     KNOBS.iter().fold(head.to_owned(), |table, k| {
-        let row = [k.name, k.unit, k.default, k.range, k.help, k.shows_in].join(" | ");
+        let live = if k.reach == Reach::Live { "yes" } else { "" };
+        let row = [k.name, k.unit, k.default, k.range, k.help, live, k.shows_in].join(" | ");
         format!("{table}| {row} |\n")
     })
 }

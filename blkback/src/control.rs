@@ -2,7 +2,7 @@
 
 use hypervisor::xenbus::Fault;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// What can be asked of a live device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -10,13 +10,20 @@ use serde_json::json;
 pub(crate) enum Command {
     /// Look how large the disk is, and tell the guest.
     Resize {},
+    /// Change a knob of the running device.
+    Set {
+        /// Its name.
+        knob: String,
+        /// Its new value.
+        value: String,
+    },
 }
 
-/// One line for one line: `{"size": BYTES}` or `{"error": TEXT}`.
-pub(crate) fn answer(line: &str, act: impl FnOnce(Command) -> Result<u64, Fault>) -> String {
+/// One line for one line: an object, `{"size": BYTES}` for a resize, or `{"error": TEXT}`.
+pub(crate) fn answer(line: &str, act: impl FnOnce(Command) -> Result<Value, Fault>) -> String {
     let done = serde_json::from_str(line).map_err(|e| Fault(e.to_string())).and_then(act);
     match done {
-        Ok(size) => json!({"size": size}).to_string(),
+        Ok(value) => value.to_string(),
         Err(Fault(error)) => json!({"error": error}).to_string(),
     }
 }
@@ -27,7 +34,10 @@ mod tests {
 
     #[test]
     fn lines_in_and_out() {
-        assert_eq!(answer(r#"{"command":"resize"}"#, |_| Ok(512)), r#"{"size":512}"#);
+        assert_eq!(
+            answer(r#"{"command":"resize"}"#, |_| Ok(json!({"size": 512}))),
+            r#"{"size":512}"#
+        );
         let refused = answer(r#"{"command":"resize"}"#, |_| Err(Fault("no".into())));
         assert_eq!(refused, r#"{"error":"no"}"#);
         for bad in ["", "{}", "[", r#"{"command":"fly"}"#, r#"{"command":"resize","x":1}"#] {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use blktap::Disk;
 use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
+use parking_lot::Mutex;
 use perf::Handle;
 use rings::persistent::PoolCounters;
 use rings::{BackRing, Notify, RingCounters, Table};
@@ -32,6 +33,9 @@ pub(crate) struct Shared {
     stop: AtomicBool,
     flush: AtomicBool,
     sectors: AtomicU64,
+    /// Knobs that can change while the queue runs; `changes` counts the changes.
+    knobs: Mutex<Config>,
+    changes: AtomicU64,
     wake: OwnedFd,
 }
 
@@ -44,6 +48,21 @@ impl Shared {
     }
     fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Relaxed)
+    }
+    /// The knobs, if they have changed since change number `known`.
+    fn changed(&self, known: &mut u64) -> Option<Config> {
+        let changes = self.changes.load(Ordering::Acquire);
+        if changes == *known {
+            return None;
+        }
+        *known = changes;
+        Some(self.knobs.lock().clone())
+    }
+    /// Takes the wake-up, so that the next sleep lasts.
+    fn woken(&self) {
+        if let Err(e) = rustix::io::read(&self.wake, &mut [0; 8]) {
+            tracing::debug!("a queue's wake-up: {e}");
+        }
     }
     fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
@@ -114,6 +133,8 @@ impl Queue {
             stop: AtomicBool::new(false),
             flush: AtomicBool::new(false),
             sectors: AtomicU64::new(start.limits.sectors),
+            knobs: Mutex::new(config.clone()),
+            changes: AtomicU64::new(0),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
         let worker = Worker {
@@ -159,6 +180,20 @@ impl Queue {
         self.shared.sectors.store(sectors, Ordering::Relaxed);
     }
 
+    /// Gives the queue new values of its live knobs.
+    pub(crate) fn set(&self, config: &Config) {
+        *self.shared.knobs.lock() = config.clone();
+        self.shared.changes.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // It fails where the count is full, and then the thread wakes anyway.
+        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
+            tracing::debug!("waking a queue: {e}");
+        }
+    }
+
     /// Notes how much processor time the thread has used: what this host spends on the guest.
     pub(crate) fn note_cpu(&self) {
         let path = format!("/proc/self/task/{}/schedstat", self.tid.load(Ordering::Relaxed));
@@ -172,10 +207,7 @@ impl Queue {
     pub(crate) fn stop(&self, why: Parting) {
         self.shared.flush.fetch_or(why == Parting::Leave, Ordering::Relaxed);
         self.shared.stop.store(true, Ordering::Release);
-        // It fails where the count is full, and then the thread wakes anyway.
-        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            tracing::debug!("waking a queue: {e}");
-        }
+        self.wake();
     }
 }
 

@@ -50,10 +50,18 @@ pub fn run(context: &Context, serve: &Serve) -> Result {
             recv(inbox.bell()) -> _ => {}
             recv(after(REAP)) -> _ => {}
         }
-        if inbox.take().contains(&Watched::Closed) {
+        let events = inbox.take();
+        if events.contains(&Watched::Closed) {
             break Err("xenstored is gone".into());
         }
-        if let Err(e) = daemon.look() {
+        // The store is asked only when it has something to say, or a backend has ended.
+        let ended = match daemon.reap() {
+            Ok(ended) => ended,
+            Err(e) => break Err(e),
+        };
+        if (!events.is_empty() || ended || daemon.waiting())
+            && let Err(e) = daemon.look()
+        {
             break Err(e);
         }
     };
@@ -62,15 +70,27 @@ pub fn run(context: &Context, serve: &Serve) -> Result {
 }
 
 impl Daemon<'_> {
-    /// Starts a backend for each guest that has a device and none, and reaps the ended.
-    fn look(&mut self) -> Result<()> {
+    /// Forgets backends that have ended; whether there were any.
+    fn reap(&mut self) -> Result<bool> {
+        let mut ended = false;
         for (domid, guest) in &mut self.guests {
             let Some(child) = &mut guest.child else { continue };
             if let Some(status) = child.try_wait()? {
                 tracing::info!("the backend of domain {domid} has ended: {status}");
                 guest.child = None;
+                ended = true;
             }
         }
+        Ok(ended)
+    }
+
+    /// Whether a guest has lost its backend and none was started yet.
+    fn waiting(&self) -> bool {
+        self.guests.values().any(|guest| guest.child.is_none())
+    }
+
+    /// Starts a backend for each guest that has a device and none.
+    fn look(&mut self) -> Result<()> {
         let mut wanted = Vec::new();
         for domid in self.store.list(Tx::NONE, &self.root)? {
             let Ok(domid) = domid.parse::<DomId>() else { continue };

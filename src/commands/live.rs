@@ -51,3 +51,9 @@ pub fn resize(context: &Context, device: &str) -> Result {
     println!("{device}: {} bytes", answer.get("size").and_then(Value::as_u64).unwrap_or(0));
     Ok(ExitCode::SUCCESS)
 }
+
+/// `ringback set`.
+pub fn set(context: &Context, device: &str, knob: &str, value: &str) -> Result {
+    ask(context, device, &json!({"command": "set", "knob": knob, "value": value}))?;
+    Ok(ExitCode::SUCCESS)
+}

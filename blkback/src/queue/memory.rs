@@ -56,6 +56,8 @@ pub(super) struct Memory {
     mode: GrantMode,
     pool: PersistentPool<Page>,
     limit: usize,
+    /// Entries that the pool was made with.
+    made: usize,
     idle: Duration,
     /// First the tables, then the payload; made when first needed.
     buffer: Option<Buffer>,
@@ -94,6 +96,7 @@ impl Memory {
                 pool_counters,
             ),
             limit: config.max_persistent_grants as usize,
+            made: config.max_persistent_grants as usize,
             idle: config.persistent_idle(),
             buffer: None,
             buffer_pages: TABLE_PAGES + payload,
@@ -204,6 +207,16 @@ impl Memory {
             self.pool.set_limits((self.limit - over) as u32, idle, drop);
             self.pool.set_limits(self.limit as u32, idle, drop);
         }
+    }
+
+    /// Takes over changed limits; a pool cannot become larger than it was made.
+    pub(super) fn set_limits(&mut self, config: &Config) {
+        if self.mode != GrantMode::Persistent {
+            return;
+        }
+        self.limit = (config.max_persistent_grants as usize).min(self.made);
+        self.idle = config.persistent_idle();
+        self.pool.set_limits(self.limit as u32, self.idle.as_nanos() as u64, drop);
     }
 
     /// Unmaps what was not used for long.

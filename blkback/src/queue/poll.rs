@@ -25,6 +25,12 @@ impl Poller {
         Poller { max, budget: max, spins: 0, since: None }
     }
 
+    /// Polls for up to `max_us` microseconds from now on.
+    pub(crate) fn set_max(&mut self, max_us: u32) {
+        self.max = u64::from(max_us) * 1000;
+        self.budget = self.max;
+    }
+
     /// There was work.
     #[inline]
     pub(crate) fn worked(&mut self, counters: &QueueCounters) {

@@ -113,6 +113,7 @@ pub(super) struct Run {
     barrier: bool,
     unpublished: u32,
     spurious: u32,
+    changes: u64,
     segments: Vec<Segment>,
     page: Vec<u8>,
 }
@@ -132,6 +133,7 @@ impl Run {
             barrier: false,
             unpublished: 0,
             spurious: 0,
+            changes: 0,
             segments: Vec::with_capacity(segments),
             page: vec![0; rings::PAGE_SIZE],
         }
@@ -184,6 +186,14 @@ impl<A: Abi> Worker<A> {
         Ok(true)
     }
 
+    /// Takes over knobs that were changed meanwhile.
+    fn take_knobs(&mut self) {
+        if let Some(config) = self.shared.changed(&mut self.run.changes) {
+            self.poller.set_max(config.poll_us);
+            self.memory.set_limits(&config);
+        }
+    }
+
     fn read_clock(&mut self) {
         self.run.now = self.run.clock.elapsed().as_nanos() as u64;
     }
@@ -198,6 +208,7 @@ impl<A: Abi> Worker<A> {
             if taken == 0 {
                 self.read_clock();
                 self.limits.sectors = self.shared.sectors();
+                self.take_knobs();
             }
             taken += 1;
             let slot = self.slots.hold(entry.slot);
@@ -494,6 +505,7 @@ impl<A: Abi> Worker<A> {
             return Ok(());
         }
         self.counters.sleeps.add(1);
+        self.take_knobs();
         let before = self.run.clock.elapsed().as_nanos() as u64;
         self.memory.expire(before);
         let timeout = self.memory.patience();
@@ -502,6 +514,9 @@ impl<A: Abi> Worker<A> {
         self.poller.slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
+        }
+        if ready & 2 != 0 {
+            self.shared.woken();
         }
         Ok(())
     }
