@@ -21,6 +21,9 @@ pub struct Cli {
     /// Use the bundled hypervisor at this socket instead of Xen.
     #[arg(long, global = true, value_name = "SOCKET")]
     pub hypervisor: Option<PathBuf>,
+    /// End when this process, which must be the parent, ends.
+    #[arg(long, global = true, hide = true, value_name = "PID")]
+    pub end_with: Option<i32>,
     /// What to do.
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -28,6 +31,23 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Run a guest against a backend on the bundled hypervisor and verify every byte.
+    ///
+    /// Starts three processes: the hypervisor, a backend with a throw-away image, and a guest
+    /// that reads and writes through the split driver. It needs no privileges and leaves nothing.
+    Run(Run),
+    /// Run the bundled hypervisor until a signal.
+    ///
+    /// Its sockets lie in the run folder (--run-dir): hypervisor.sock, which --hypervisor names
+    /// for backends and toolstack commands, and xenstored.sock, which Debian's xenstore tools
+    /// take as XENSTORED_PATH.
+    Hypervisor(Hypervisor),
+    /// Be a guest of `ringback run`.
+    #[command(hide = true)]
+    Guest {
+        /// What to do.
+        plan: String,
+    },
     /// Serve the devices of all guests: one backend process for each guest.
     Daemon(Serve),
     /// Serve devices of one kind in this process.
@@ -63,6 +83,41 @@ pub enum Command {
     Knobs(Knobs),
     /// Show the version.
     Version,
+}
+
+#[derive(Args, Default)]
+pub struct Run {
+    /// What to run; without it one guest with one disk.
+    ///
+    /// [guest] name, cpus, backend_cpus; [[disk]] vdev, target, queues, ring_page_order, grants
+    /// (persistent or copy), depth, size_mib, work_mib, seconds.
+    #[arg(value_name = "GUEST.TOML")]
+    pub file: Option<PathBuf>,
+    /// Use a throw-away copy of this image (FORMAT:PATH; without a format, raw).
+    #[arg(long, value_name = "FORMAT:PATH")]
+    pub disk: Option<String>,
+    /// Read the named images instead of copying them.
+    #[arg(long, conflicts_with = "overwrite")]
+    pub read_only: bool,
+    /// Write to the named images themselves: THEIR CONTENT IS LOST.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Stamp blocks with this number instead of a random one.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+#[derive(Args)]
+pub struct Hypervisor {
+    /// Serve until standard input ends, then remove this folder.
+    #[arg(long, hide = true, value_name = "DIR")]
+    pub throw_away: Option<PathBuf>,
 }
 
 #[derive(Args, Clone)]

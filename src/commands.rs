@@ -4,8 +4,11 @@ mod attach;
 mod backend;
 mod daemon;
 mod doctor;
+mod guest;
+mod hypervisor;
 mod knobs;
 mod live;
+mod run;
 mod stats;
 
 use std::process::ExitCode;
@@ -25,18 +28,26 @@ pub struct Context {
 }
 
 impl Context {
-    fn hypervisor(&self) -> std::io::Result<std::sync::Arc<dyn hypervisor::Hypervisor>> {
+    fn hypervisor(&self) -> std::io::Result<std::sync::Arc<dyn ::hypervisor::Hypervisor>> {
         connect(self.socket.as_deref())
     }
 }
 
 /// Carries out the command.
 pub fn run(cli: Cli) -> Result {
-    let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
-    let Some(command) = cli.command else {
-        return Err("name a command; see ringback --help".into());
+    if let Some(parent) = cli.end_with {
+        end_with(parent)?;
+    }
+    let command = match cli.command.unwrap_or_else(|| Command::Run(Default::default())) {
+        // These have a run folder of their own, or none.
+        Command::Run(options) => return run::run(&options),
+        Command::Guest { plan } => return guest::run(&plan),
+        command => command,
     };
+    let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
+        Command::Run(_) | Command::Guest { .. } => Ok(ExitCode::SUCCESS),
+        Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, serve }) => backend::blk(&context, domid, &serve),
         Command::Attach(Attach::Blk { domid, vdev, target, read_only, drive, set, backend }) => {
@@ -57,5 +68,16 @@ pub fn run(cli: Cli) -> Result {
             println!("ringback {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Has the kernel end this process with its parent.
+fn end_with(parent: i32) -> std::io::Result<()> {
+    use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before.
+    match getppid().map(Pid::as_raw_pid) {
+        Some(pid) if pid == parent => Ok(()),
+        _ => Err(std::io::Error::other("the parent process has ended")),
     }
 }

@@ -1,0 +1,147 @@
+//! `ringback run`: a guest's process, a backend's process and the bundled hypervisor, verified
+//! I/O between them, and a comparison of the image with what the guest says.
+
+mod image;
+pub mod plan;
+mod processes;
+mod report;
+mod settings;
+pub mod stamp;
+pub mod workload;
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use hypervisor::store::Client;
+use hypervisor::xenbus::toolstack;
+use hypervisor::xenbus::{DeviceId, Key};
+
+use super::Result;
+use super::hypervisor::Folder;
+use crate::cli::Run;
+use crate::signals;
+use image::Image;
+use plan::{DiskReport, GuestPlan, Line};
+use processes::{Processes, Said};
+use report::{Checked, Outcome};
+use settings::{DiskSettings, Settings};
+
+/// How long the processes may take to start, and to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the I/O is done on.
+struct Scene {
+    settings: Settings,
+    images: Vec<Image>,
+    plan: GuestPlan,
+}
+
+/// `ringback run`.
+pub fn run(options: &Run) -> Result {
+    let stop = signals::stop()?;
+    let settings = Settings::read(options)?;
+    let seed = options.seed.unwrap_or_else(random_seed);
+    let folder = tempfile::Builder::new().prefix("ringback-run-").tempdir()?;
+    // Removed at the end; if this process is killed, by the hypervisor's.
+    let folder = Folder(folder.keep());
+    let make = |disk: &DiskSettings| Image::make(disk, options, &folder.0);
+    let images = settings.disks.iter().map(make).collect::<Result<Vec<_>>>()?;
+    let disks = settings.disks.iter().zip(&images);
+    let disks = disks.map(|(d, image)| d.plan(image, seed, &settings.guest.cpus));
+    let plan = GuestPlan { disks: disks.collect() };
+    let scene = Scene { settings, images, plan };
+    let start = Instant::now();
+    let mut processes = Processes::start(&folder.0, stop)?;
+    let reports = perform(&mut processes, &scene, options)?;
+    processes.end_guest()?;
+    let mut checked = Checked::default();
+    for ((image, plan), report) in scene.images.iter().zip(&scene.plan.disks).zip(&reports) {
+        checked.add(image.compare(plan, report)?);
+    }
+    processes.end_hypervisor()?;
+    drop(folder);
+    let outcome = Outcome { seed, seconds: start.elapsed().as_secs_f64(), reports, checked };
+    outcome.print(options.json);
+    Ok(if outcome.errors() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn random_seed() -> u64 {
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    stamp::mix(now.as_nanos() as u64 ^ u64::from(std::process::id()))
+}
+
+/// Starts backend and guest, and waits for the guest's report.
+fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Vec<DiskReport>> {
+    let guest = &scene.settings.guest;
+    let (domid, identity) = processes.create_domain(&guest.name)?;
+    processes.start_backend(domid)?;
+    let store = processes.store()?;
+    for ((settings, image), plan) in
+        scene.settings.disks.iter().zip(&scene.images).zip(&scene.plan.disks)
+    {
+        attach(&store, domid, plan.devid, settings, image, &guest.backend_cpus)?;
+    }
+    processes.start_guest(identity, &serde_json::to_string(&scene.plan)?)?;
+    let total = scene.plan.disks.iter().map(plan::DiskPlan::total).sum::<u64>();
+    let shows = !options.json && (options.progress || std::io::stderr().is_terminal());
+    let reports = loop {
+        match processes.next_line()? {
+            Said::Line(Line::Progress(moved)) if shows => show(moved, total)?,
+            Said::Line(Line::Progress(_)) => {}
+            Said::Line(Line::Report(reports)) => break reports,
+            Said::Interrupted => return Err("interrupted".into()),
+        }
+    };
+    if shows {
+        eprint!("\r\x1b[K");
+    }
+    // The guest has closed its devices and ends; its nodes go with it, and its backend too.
+    Ok(reports)
+}
+
+fn show(moved: u64, total: u64) -> std::io::Result<()> {
+    let percent = (moved * 100).checked_div(total).unwrap_or(100).min(100);
+    let mut err = std::io::stderr().lock();
+    write!(err, "\r\x1b[K{percent:3} %  {} of about {} MiB", moved >> 20, total >> 20)?;
+    err.flush()
+}
+
+fn attach(
+    store: &Client,
+    domid: u16,
+    devid: u32,
+    settings: &DiskSettings,
+    image: &Image,
+    cpus: &[u32],
+) -> Result<()> {
+    let key = |name: &str, value: &str| -> Key { (name.to_owned(), value.to_owned()) };
+    let mode = if image.is_read_only() { "r" } else { "w" };
+    let id = DeviceId { kind: "vbd", domid, devid };
+    let mut knobs = format!("max_queues={}", settings.queues);
+    if !cpus.is_empty() {
+        let list: Vec<String> = cpus.iter().map(u32::to_string).collect();
+        knobs = format!("{knobs},cpus={}", list.join("+"));
+    }
+    let device = toolstack::Device {
+        id,
+        backend: 0,
+        backend_keys: vec![
+            key("params", &format!("raw:{}", path_text(image.path())?)),
+            key("script", blkback::SCRIPT),
+            key("type", "phy"),
+            key("dev", &settings.vdev),
+            key("mode", mode),
+            key("device-type", "disk"),
+            key("options", &knobs),
+            key("hotplug-status", "connected"),
+        ],
+        frontend_keys: vec![key("virtual-device", &devid.to_string())],
+    };
+    Ok(toolstack::attach(store, &device)?)
+}
+
+fn path_text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| format!("{}: the path is not UTF-8", path.display()).into())
+}

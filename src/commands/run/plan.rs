@@ -1,0 +1,137 @@
+//! What the two sides of `ringback run` tell each other.
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes of the unit that is stamped.
+pub const CELL: usize = 4096;
+/// The generation of a cell that was not written.
+pub const UNTOUCHED: u32 = 0;
+/// The generation of a cell that reads as zeroes after a discard.
+pub const ZEROED: u32 = u32::MAX;
+/// Most complaints that are told word by word.
+pub const COMPLAINTS: usize = 20;
+
+/// Payload transport that the frontend offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grants {
+    /// The backend may keep pages mapped.
+    Persistent,
+    /// The hypervisor copies.
+    Copy,
+}
+
+/// What is done to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Task {
+    /// Writes all of it and reads it back.
+    Write,
+    /// Reads all of it.
+    Read,
+}
+
+/// One disk of a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskPlan {
+    pub vdev: String,
+    pub devid: u32,
+    pub task: Task,
+    pub queues: u32,
+    pub ring_page_order: u32,
+    pub grants: Grants,
+    /// Requests in flight a queue.
+    pub depth: u32,
+    /// Bytes of the disk that are used, from its beginning.
+    pub span: u64,
+    /// Bytes of random I/O.
+    pub work: u64,
+    /// Ends the random I/O earlier.
+    pub seconds: Option<f64>,
+    pub seed: u64,
+    /// Processors of the threads, in turn.
+    pub cpus: Vec<u32>,
+}
+
+impl DiskPlan {
+    /// Bytes that will be moved, for showing progress.
+    pub fn total(&self) -> u64 {
+        match self.task {
+            Task::Write => 3 * self.span + self.work,
+            Task::Read => self.span,
+        }
+    }
+}
+
+/// What a guest has to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GuestPlan {
+    pub disks: Vec<DiskPlan>,
+}
+
+/// What one queue has done.
+#[derive(Clone, Debug, Default)]
+pub struct Work {
+    pub requests: u64,
+    /// Bytes read back and compared.
+    pub verified: u64,
+    pub errors: u64,
+    pub complaints: Vec<String>,
+    pub flushes: u64,
+    pub discards: u64,
+    /// The generations of the part's cells.
+    pub cells: Vec<u32>,
+    /// Of a disk that is read: a sum of each cell.
+    pub sums: Vec<u64>,
+}
+
+impl Work {
+    /// Notes something wrong.
+    pub fn complain(&mut self, text: impl FnOnce() -> String) {
+        self.errors += 1;
+        if self.complaints.len() < COMPLAINTS {
+            self.complaints.push(text());
+        }
+    }
+}
+
+/// What has become of a disk.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DiskReport {
+    pub vdev: String,
+    pub queues: usize,
+    pub ring_pages: usize,
+    pub persistent: bool,
+    pub fault: Option<String>,
+    pub requests: u64,
+    pub verified: u64,
+    pub errors: u64,
+    pub flushes: u64,
+    pub discards: u64,
+    pub complaints: Vec<String>,
+    pub cells: Vec<u32>,
+    pub sums: Vec<u64>,
+}
+
+impl DiskReport {
+    /// Adds what the next queue has done; the queues' parts follow each other.
+    pub fn add(&mut self, work: Work) {
+        self.requests += work.requests;
+        self.verified += work.verified;
+        self.errors += work.errors;
+        self.flushes += work.flushes;
+        self.discards += work.discards;
+        let room = COMPLAINTS.saturating_sub(self.complaints.len());
+        self.complaints.extend(work.complaints.into_iter().take(room));
+        self.cells.extend(work.cells);
+        self.sums.extend(work.sums);
+    }
+}
+
+/// A line of a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Line {
+    /// Bytes moved so far.
+    Progress(u64),
+    /// The end.
+    Report(Vec<DiskReport>),
+}
