@@ -137,7 +137,7 @@ impl Runner {
         faults: &Faults,
     ) -> io::Result<()> {
         loop {
-            let seen = self.nodes.look(fault.is_some())?;
+            let seen = self.nodes.look(*phase, fault.is_some())?;
             let (next, actions) = step(*phase, &seen);
             if actions.is_empty() && next == *phase {
                 return Ok(());

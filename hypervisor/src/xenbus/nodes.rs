@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::machine::{Hotplug, Seen, State};
+use super::machine::{Hotplug, Phase, Seen, State};
 use crate::DomId;
 use crate::store::{Client, Error, Tx};
 
@@ -95,23 +95,32 @@ impl Nodes {
         self.store.write(Tx::NONE, &path, reason)
     }
 
-    /// Looks at everything that the handshake depends on. `script` says whether a hotplug script
-    /// must have run first.
-    pub fn look(&self, fault: bool) -> Result<Seen, Error> {
+    /// Looks at what the handshake depends on in `phase`, and at nothing else: each look is on
+    /// the way of a guest that waits to close.
+    pub fn look(&self, phase: Phase, fault: bool) -> Result<Seen, Error> {
         let own = self.own("state")?;
         let frontend = match self.frontend.as_str() {
             "" => None,
             _ => self.front("state")?,
         };
-        let script = self.own("script")?;
-        let ready = self.own("hotplug-status")?.as_deref() == Some("connected");
-        let hotplug = if ready || script.is_none() { Hotplug::Ready } else { Hotplug::Pending };
+        let hotplug = match phase {
+            Phase::New | Phase::Waiting => self.hotplug()?,
+            _ => Hotplug::Ready,
+        };
+        let online = phase != Phase::Closed || self.own("online")?.as_deref() != Some("0");
         Ok(Seen {
             frontend: frontend.map(|s| State::parse(&s)),
             own: own.map(|s| State::parse(&s)),
-            online: self.own("online")?.as_deref() != Some("0"),
+            online,
             hotplug,
             fault,
         })
+    }
+
+    fn hotplug(&self) -> Result<Hotplug, Error> {
+        let ready = self.own("hotplug-status")?.as_deref() == Some("connected");
+        // Without a script there is nothing to wait for.
+        let ready = ready || self.own("script")?.is_none();
+        Ok(if ready { Hotplug::Ready } else { Hotplug::Pending })
     }
 }
