@@ -4,7 +4,6 @@
 mod faulty;
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use blkback::{BlkBackend, Config};
 use hypervisor::DomId;
@@ -41,6 +40,6 @@ use faulty::open;
 
 /// How disks are opened.
 #[cfg(not(feature = "test-faults"))]
-fn open() -> Arc<blkback::Open> {
-    Arc::new(blkback::open_target)
+fn open() -> std::sync::Arc<blkback::Open> {
+    std::sync::Arc::new(blkback::open_target)
 }
