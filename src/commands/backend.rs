@@ -1,7 +1,9 @@
 //! `ringback backend`: serves devices of one kind in this process.
 
+#[cfg(feature = "test-faults")]
+mod faulty;
+
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use blkback::{BlkBackend, Config};
 use hypervisor::DomId;
@@ -23,12 +25,7 @@ pub fn blk(context: &Context, domid: Option<DomId>, serve: &Serve) -> Result {
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
-    let backend = BlkBackend::new(
-        hypervisor.clone(),
-        config(serve)?,
-        run_dir.clone(),
-        Arc::new(blkback::open_target),
-    );
+    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open());
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },
@@ -36,4 +33,13 @@ pub fn blk(context: &Context, domid: Option<DomId>, serve: &Serve) -> Result {
     };
     xenbus::serve(&*hypervisor, &backend, &options, &stop)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(feature = "test-faults")]
+use faulty::open;
+
+/// How disks are opened.
+#[cfg(not(feature = "test-faults"))]
+fn open() -> std::sync::Arc<blkback::Open> {
+    std::sync::Arc::new(blkback::open_target)
 }
