@@ -158,7 +158,12 @@ pub fn step(phase: Phase, seen: &Seen) -> (Phase, Vec<Action>) {
         }
         // The toolstack has made the directory anew while we were not looking.
         (Closed, _) if own == State::Initialising => (New, vec![]),
-        (Closed, None) if own != State::Closed => (Closed, vec![Set(State::Closed)]),
+        // The toolstack asks what is closed to close, and waits for the answer.
+        (Closed, frontend)
+            if own == State::Closing || (frontend.is_none() && own != State::Closed) =>
+        {
+            (Closed, vec![Set(State::Closed)])
+        }
         (Waiting | Connected | Closing | Closed | Gone, _) => (phase, vec![]),
     }
 }

@@ -83,6 +83,16 @@ fn destroy_is_answered_at_once() {
 }
 
 #[test]
+fn a_closed_device_answers_a_toolstack_that_closes_it() {
+    for frontend in [None, Some(6), Some(1)] {
+        let mut s = seen(5, frontend);
+        s.online = false;
+        let (phase, s, _) = settle(Phase::Closed, s);
+        assert_eq!((phase, s.own), (Phase::Closed, Some(State::Closed)));
+    }
+}
+
+#[test]
 fn a_fault_closes_and_waits_for_the_frontend() {
     let mut s = seen(4, Some(4));
     s.fault = true;
