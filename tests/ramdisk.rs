@@ -1,6 +1,4 @@
 //! The example of a backend of one's own serves a guest.
-// A request names this test's memory by address.
-#![allow(unsafe_code)]
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};

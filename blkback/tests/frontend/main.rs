@@ -2,6 +2,7 @@
 // Requests name the memory of these tests by address.
 #![allow(unsafe_code, clippy::unwrap_used)]
 
+mod counting;
 mod rig;
 
 use std::sync::Arc;
@@ -304,4 +305,39 @@ fn a_backend_that_closes_without_a_word_disables_the_disk() {
     let io = rustix::io::Errno::IO.raw_os_error();
     assert_eq!(write(&mut *queue, 0, &pattern(4096, 1)), io);
     assert_eq!(front.fault().unwrap(), "the backend has closed the device");
+}
+
+/// Keeps 32 requests in flight, `rounds` times.
+fn many(queue: &mut dyn DiskQueue, memory: &mut [u8], rounds: u64, done: &mut Vec<blktap::Done>) {
+    for round in 0..rounds {
+        for token in 0..32 {
+            let part = &mut memory[token * 4096..(token + 1) * 4096];
+            // SAFETY: the memory outlives the round, in which all is answered.
+            let bufs = [unsafe { blktap::IoBuf::new(part.as_mut_ptr(), 4096) }];
+            let op = if round % 2 == 0 { Op::Write } else { Op::Read };
+            let (offset, token) = (token as u64 * 4096, token as u64);
+            let request = blktap::Request { op, offset, len: 4096, bufs: &bufs, token };
+            queue.submit(&request).unwrap();
+        }
+        let mut answered = 0;
+        while answered < 32 {
+            queue.poll(done).unwrap();
+            answered += done.drain(..).map(|d| assert_eq!(d.errno, 0)).count();
+            if answered < 32 {
+                queue.wait(&[], None).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn no_request_allocates() {
+    let rig = Rig::with_disk(memory(1), "", &[]);
+    let front = rig.connect(FrontOptions { max_queues: 1, ..Default::default() });
+    let mut queue = front.queue(32).unwrap();
+    let (mut memory, mut done) = (vec![5; 32 * 4096], Vec::with_capacity(64));
+    many(&mut *queue, &mut memory, 10, &mut done);
+    let before = counting::allocations();
+    many(&mut *queue, &mut memory, 3_000, &mut done);
+    assert_eq!(counting::allocations() - before, 0);
 }

@@ -114,7 +114,7 @@ impl DiskSettings {
         within("size_mib", self.size_mib, 1, 1 << 20)?;
         within("work_mib", self.work_mib, 0, 1 << 30)?;
         match self.seconds {
-            Some(s) if !(s >= 0.0 && s <= 86_400.0) => {
+            Some(s) if !(0.0..=86_400.0).contains(&s) => {
                 Err(format!("seconds is {s}; it must be 0 to 86400").into())
             }
             _ => Ok(()),

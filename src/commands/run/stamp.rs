@@ -85,7 +85,7 @@ mod tests {
     fn each_fault_is_told_from_the_others() {
         let (mut right, mut other) = ([0; CELL], [0; CELL]);
         fill(&mut right, 1, 7, 3);
-        let mut told = |found: &[u8; CELL]| describe(found, &right, 1, 7, 3);
+        let told = |found: &[u8; CELL]| describe(found, &right, 1, 7, 3);
         fill(&mut other, 1, 7, 2);
         assert!(told(&other).contains("block at 0x7000: generation 2 instead of generation 3"));
         fill(&mut other, 1, 8, 3);
