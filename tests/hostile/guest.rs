@@ -97,7 +97,8 @@ impl Domain {
             Queue { ring, memory, channel: self.guest.alloc_unbound(0).unwrap(), next: 1 }
         };
         let queues: Vec<Queue> = (0..wish.queues).map(queue).collect();
-        let keys = |q: &Queue| QueueKeys { ring_refs: q.memory.refs().into(), port: q.channel.port() };
+        let keys =
+            |q: &Queue| QueueKeys { ring_refs: q.memory.refs().into(), port: q.channel.port() };
         let chosen = Accepted {
             protocol: Protocol::X86_64,
             persistent: wish.persistent,

@@ -43,7 +43,8 @@ impl Image {
         if found.len() != self.model.len() {
             return Err(format!("{} bytes instead of {}", found.len(), self.model.len()));
         }
-        let differs = |i: &usize| found[*i] != self.model[*i] && !free.iter().any(|f| f.contains(i));
+        let differs =
+            |i: &usize| found[*i] != self.model[*i] && !free.iter().any(|f| f.contains(i));
         match (0..found.len()).find(differs) {
             Some(i) => Err(format!("byte {i} is {} instead of {}", found[i], self.model[i])),
             None => Ok(()),

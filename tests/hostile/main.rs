@@ -10,13 +10,19 @@ mod controls;
 mod grants;
 mod guest;
 mod image;
-mod process;
+mod kills;
+mod lifetime;
 mod memory;
+mod process;
+mod races;
 mod requests;
 mod rig;
 mod ring;
 mod scene;
+mod states;
+mod storms;
 mod witness;
+mod xenstore;
 
 /// Not a test by itself: what this program does when a test starts it as another process.
 #[test]

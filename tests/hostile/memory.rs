@@ -230,7 +230,8 @@ fn a_guest_that_sends_descriptors() {
     let (ours, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap();
     scene.during(|| {
         for n in 0..200 {
-            let fds = [theirs.try_clone().unwrap(), std::fs::File::open("/dev/null").unwrap().into()];
+            let fds =
+                [theirs.try_clone().unwrap(), std::fs::File::open("/dev/null").unwrap().into()];
             let requests = [
                 Request::Hello,
                 Request::OpenArena { peer: 0, access: Access::ReadWrite },

@@ -8,7 +8,9 @@ use blkback::proto::{
 };
 use hypervisor::GrantedPages;
 
-use crate::guest::{PERSISTENT, PLAIN, Queue, Wish, direct_n, indirect, put_table, read, whole, write};
+use crate::guest::{
+    PERSISTENT, PLAIN, Queue, Wish, direct_n, indirect, put_table, read, whole, write,
+};
 use crate::scene::{SECTORS, Scene};
 
 /// Pages of the attacker: 32 of data, then one with a good table of 32 segments.
@@ -105,17 +107,28 @@ fn ranges_beyond_the_end() {
         let s = p.segments(2);
         let discard = |sector, count| Body::Discard { sector, count, flag: 0 };
         let mut cases = Vec::new();
-        for sector in [SECTORS, SECTORS - 7, SECTORS + 1, 1 << 55, u64::MAX - 7, u64::MAX - 15, u64::MAX] {
+        for sector in
+            [SECTORS, SECTORS - 7, SECTORS + 1, 1 << 55, u64::MAX - 7, u64::MAX - 15, u64::MAX]
+        {
             cases.push(("a read", read(sector, &s), RSP_ERROR));
             cases.push(("a write", write(sector, &s), RSP_ERROR));
             cases.push(("a flush", direct_n(DirectOp::Flush, sector, &s, 2), RSP_ERROR));
             cases.push(("an indirect read", indirect(OP_READ, sector, 32, &[p.table]), RSP_ERROR));
-            cases.push(("an indirect write", indirect(OP_WRITE, sector, 32, &[p.table]), RSP_ERROR));
+            cases.push((
+                "an indirect write",
+                indirect(OP_WRITE, sector, 32, &[p.table]),
+                RSP_ERROR,
+            ));
             cases.push(("a discard", discard(sector, 8), RSP_ERROR));
         }
-        for (sector, count) in
-            [(0, SECTORS + 1), (SECTORS, 1), (1, u64::MAX), (8, u64::MAX - 7), (u64::MAX, u64::MAX), (0, 1 << 55)]
-        {
+        for (sector, count) in [
+            (0, SECTORS + 1),
+            (SECTORS, 1),
+            (1, u64::MAX),
+            (8, u64::MAX - 7),
+            (u64::MAX, u64::MAX),
+            (0, 1 << 55),
+        ] {
             cases.push(("a discard's length", discard(sector, count), RSP_ERROR));
         }
         cases
@@ -154,7 +167,8 @@ fn indirect_tables_that_lie() {
         // 513 segments need two pages of table; the second one is bad.
         let tables = scene.domain.pages(2);
         put_table(&*tables, &vec![whole(pages.memory.refs()[0]); 1024]);
-        let bad = |first_sect, last_sect| Segment { gref: pages.memory.refs()[0], first_sect, last_sect };
+        let bad =
+            |first_sect, last_sect| Segment { gref: pages.memory.refs()[0], first_sect, last_sect };
         scene.during(|| {
             for (first, last) in [(1, 0), (0, 8), (255, 255), (7, 6)] {
                 for k in [0, 1, 15, 31] {
@@ -200,7 +214,8 @@ fn what_was_not_offered_is_not_supported() {
 #[test]
 fn a_read_only_disk_is_not_written() {
     let scene = Scene::start();
-    let mode = format!("/local/domain/0/backend/vbd/{}/{}/mode", scene.domain.id, crate::scene::BAD);
+    let mode =
+        format!("/local/domain/0/backend/vbd/{}/{}/mode", scene.domain.id, crate::scene::BAD);
     scene.rig.store.write(hypervisor::store::Tx::NONE, &mode, "r").unwrap();
     let mut queue = scene.connect(PLAIN);
     let pages = Pages::new(&scene);
@@ -231,9 +246,7 @@ fn a_ring_full_of_nonsense() {
             for n in 0..u64::from(slots) {
                 let mut raw = X86_64::encode(&Request { id: n, handle: 0, body: Body::Unknown(0) });
                 let noise = crate::image::patterned(round * 1000 + n, 112);
-                let word = |at: usize| {
-                    u64::from_le_bytes(noise[at..at + 8].try_into().unwrap())
-                };
+                let word = |at: usize| u64::from_le_bytes(noise[at..at + 8].try_into().unwrap());
                 // Only operations that cannot write where the noise happens to be right.
                 raw.operation = noise[0] | 8;
                 raw.nr_segments = noise[1];

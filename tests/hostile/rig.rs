@@ -29,6 +29,7 @@ pub fn role() {
             let served = serve(&dir, std::io::stdin().as_fd());
             std::process::exit(i32::from(served.is_err()));
         }
+        "guest" => crate::kills::guest(),
         other => panic!("no role {other}"),
     }
 }
@@ -128,7 +129,8 @@ impl Rig {
         ];
         let backend_keys = keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
         let id = DeviceId { kind: "vbd", domid, devid };
-        attach(&self.store, &Device { id, backend: 0, backend_keys, frontend_keys: vec![] }).unwrap();
+        attach(&self.store, &Device { id, backend: 0, backend_keys, frontend_keys: vec![] })
+            .unwrap();
     }
     fn backend_path(domid: u16, devid: u32) -> String {
         format!("/local/domain/0/backend/vbd/{domid}/{devid}")
@@ -171,11 +173,8 @@ impl Rig {
 }
 
 fn backend(dir: &Path, args: &[&str]) -> Child {
-    let log = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(dir.join("backend.log"))
-        .unwrap();
+    let log =
+        std::fs::File::options().create(true).append(true).open(dir.join("backend.log")).unwrap();
     Command::new(env!("CARGO_BIN_EXE_ringback"))
         .arg("--run-dir")
         .arg(dir.join("backends"))

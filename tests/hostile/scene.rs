@@ -45,7 +45,8 @@ impl Scene {
         let image = rig.image("hostile.img", BYTES);
         rig.attach(domain.id, BAD, image.path(), "");
         let mut witnesses = Vec::new();
-        for (guest, name, wish) in [(&other, "other.img", PERSISTENT), (&domain, "good.img", PLAIN)] {
+        for (guest, name, wish) in [(&other, "other.img", PERSISTENT), (&domain, "good.img", PLAIN)]
+        {
             let disk = rig.image(name, 1 << 20);
             // Whatever the backend is told, a witness needs indirect requests.
             rig.attach(guest.id, GOOD, disk.path(), "ordering=both,max_indirect_segments=256");
@@ -115,7 +116,8 @@ impl Scene {
         }
         self.domain.close(&self.rig, GOOD);
         self.other.close(&self.rig, GOOD);
-        for (domid, devid) in [(self.domain.id, GOOD), (self.domain.id, BAD), (self.other.id, GOOD)] {
+        for (domid, devid) in [(self.domain.id, GOOD), (self.domain.id, BAD), (self.other.id, GOOD)]
+        {
             self.rig.detach(domid, devid);
         }
         leaves_nothing(&self.rig, &self.before).unwrap();
@@ -151,4 +153,3 @@ pub fn leaves_nothing_within(
         std::thread::sleep(Duration::from_millis(20));
     }
 }
-
