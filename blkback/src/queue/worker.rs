@@ -225,6 +225,10 @@ impl<A: Abi> Worker<A> {
         Fault(format!("{}: {e}", self.name))
     }
 
+    fn channel_fault(&self, e: &io::Error) -> Fault {
+        Fault(format!("{}: event channel: {e}", self.name))
+    }
+
     /// Checks one request and gives it its slot.
     fn accept(&mut self, slot: u32, request: &Request, table_pages: &mut usize) {
         *self.slots.get_mut(slot) = Slot::taken(request.answer(RSP_OKAY), self.run.now);
@@ -485,7 +489,7 @@ impl<A: Abi> Worker<A> {
         }
         self.run.unpublished = 0;
         match self.ring.publish() {
-            Notify::Send => self.channel.notify().map_err(Fault::from),
+            Notify::Send => self.channel.notify().map_err(|e| self.channel_fault(&e)),
             Notify::Skip => Ok(()),
         }
     }
@@ -498,7 +502,7 @@ impl<A: Abi> Worker<A> {
             self.disk.wait(&[self.shared.wake()], Some(BACK_OFF))?;
         }
         // Only now, after the ring's work: the port stays masked while the queue works.
-        if self.channel.acknowledge()? {
+        if self.channel.acknowledge().map_err(|e| self.channel_fault(&e))? {
             self.ring.woken();
         }
         if self.ring.arm().map_err(|e| self.corrupt(&e))? == Pending::Work {

@@ -96,7 +96,7 @@ impl Runner {
         let (faults, reported) = Faults::channel();
         let mut fault: Option<Fault> = None;
         loop {
-            match self.settle(&mut phase, &mut fault, &faults) {
+            match self.settle(&mut phase, &mut fault, (&faults, &reported)) {
                 Ok(()) => {}
                 Err(e) => {
                     tracing::error!("{}: {e}", self.nodes.id());
@@ -134,7 +134,7 @@ impl Runner {
         &mut self,
         phase: &mut Phase,
         fault: &mut Option<Fault>,
-        faults: &Faults,
+        faults: (&Faults, &Receiver<Fault>),
     ) -> io::Result<()> {
         loop {
             let seen = self.nodes.look(*phase, fault.is_some())?;
@@ -159,7 +159,7 @@ impl Runner {
         action: Action,
         reason: &Option<Fault>,
         seen: &Seen,
-        faults: &Faults,
+        (faults, reported): (&Faults, &Receiver<Fault>),
     ) -> io::Result<Result<(), Fault>> {
         let keys = match action {
             Action::Advertise => self.device.advertise(&self.nodes),
@@ -167,6 +167,8 @@ impl Runner {
             Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
             Action::Disconnect => {
                 self.device.disconnect(Parting::Frontend);
+                // What else its threads had to say is about a connection that is no more.
+                while reported.try_recv().is_ok() {}
                 Ok(Vec::new())
             }
             Action::Release => {
