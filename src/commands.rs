@@ -40,6 +40,9 @@ pub fn run(cli: Cli) -> Result {
     }
     let command = match cli.command.unwrap_or_else(|| Command::Run(Default::default())) {
         // These have a run folder of their own, or none.
+        Command::Run(_) if cli.hypervisor.is_some() => {
+            return Err("run starts a hypervisor of its own; leave --hypervisor out".into());
+        }
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
         command => command,

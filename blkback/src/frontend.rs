@@ -48,7 +48,8 @@ pub struct FrontOptions {
     pub max_ring_page_order: u32,
     /// Segments of an indirect request; 0: none are made. At most 512.
     pub max_indirect_segments: u32,
-    /// Pages that each ring has for payload, at least those of one largest request.
+    /// Pages that each ring has for payload, at least those of one largest request and two. On
+    /// Xen all rings' pages count against gntalloc's parameter `limit` (1024 unless raised).
     pub pool_pages: u32,
     /// How long a queue polls before it sleeps, in microseconds, at most.
     pub poll_us: u32,

@@ -19,6 +19,8 @@ use super::plan::Line;
 
 /// How often it is looked whether a process has ended.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long after one process's end the others' words and ends are waited for.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// What [`Processes::next_line`] waits for.
 pub enum Said {
@@ -147,19 +149,48 @@ impl Processes {
                 recv(lines) -> line => match line {
                     Ok(line) => return Ok(Said::Line(line.map_err(|e| format!("guest: {e}"))?)),
                     // It has closed its output: its end is near.
-                    Err(_) => {
-                        let status = self.guest.as_mut().map(Child::wait).transpose()?;
-                        let status = status.map_or(String::new(), |s| format!(" ({s})"));
-                        return Err(format!("the guest has ended without a report{status}").into());
-                    }
+                    Err(_) => return Err(self.who_ended()?.into()),
                 },
                 recv(self.stop) -> _ => return Ok(Said::Interrupted),
                 recv(after(LOOK)) -> _ => {}
             }
-            self.look()?;
+            if self.look().is_err() {
+                // After a report all may end.
+                let end = Instant::now() + GRACE;
+                while let Ok(line) = lines.recv_deadline(end) {
+                    if let Ok(Line::Report(reports)) = line {
+                        return Ok(Said::Line(Line::Report(reports)));
+                    }
+                }
+                return Err(self.who_ended()?.into());
+            }
         }
     }
 
+    /// Which process has ended first, as far as can be told: with the hypervisor all end, with
+    /// the guest the backend.
+    fn who_ended(&mut self) -> Result<String> {
+        let end = Instant::now() + GRACE;
+        loop {
+            for (name, child) in [
+                ("hypervisor", &mut self.hypervisor),
+                ("guest", &mut self.guest),
+                ("backend", &mut self.backend),
+            ] {
+                if let Some(child) = child
+                    && let Some(status) = child.try_wait()?
+                {
+                    return Ok(format!("the {name} has ended too early ({status})"));
+                }
+            }
+            if Instant::now() > end {
+                return Ok("the guest has closed its output".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Fails if the hypervisor or the backend has ended.
     fn look(&mut self) -> Result<()> {
         let children = [("hypervisor", &mut self.hypervisor), ("backend", &mut self.backend)];
         for (name, child) in children {
