@@ -157,7 +157,15 @@ fn main() -> Result<()> {
         return Err("hostile_guest ATTACK BAD_DEVID GOOD_DEVID".into());
     };
     let xen = Arc::new(Xen::open()?);
-    let disk = BlkFront::connect(xen.clone(), good.parse()?, FrontOptions::default())?;
+    // gntalloc gives a program 1024 pages by default.
+    let few = FrontOptions {
+        max_queues: 1,
+        max_ring_page_order: 0,
+        max_indirect_segments: 0,
+        pool_pages: 64,
+        ..FrontOptions::default()
+    };
+    let disk = BlkFront::connect(xen.clone(), good.parse()?, few)?;
     let mut attacker = Attacker::connect(xen, bad.parse()?)?;
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     let during = std::thread::scope(|scope| -> Result<u64> {

@@ -113,6 +113,8 @@ pub(super) struct Run {
     barrier: bool,
     unpublished: u32,
     spurious: u32,
+    /// The event that ended the last sleep was counted and is still to be acknowledged.
+    woken: bool,
     changes: u64,
     segments: Vec<Segment>,
     page: Vec<u8>,
@@ -133,6 +135,7 @@ impl Run {
             barrier: false,
             unpublished: 0,
             spurious: 0,
+            woken: false,
             changes: 0,
             segments: Vec::with_capacity(segments),
             page: vec![0; rings::PAGE_SIZE],
@@ -518,6 +521,8 @@ impl<A: Abi> Worker<A> {
         self.poller.slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
+            self.run.woken = true;
+            self.ring.woken();
         }
         if ready & 2 != 0 {
             self.shared.woken();
