@@ -1,5 +1,5 @@
 //! A block frontend in user space: [`BlkFront`] connects to a backend over any
-//! [`Guest`](hypervisor::Guest) and is a [`Disk`], so whatever takes a disk also runs at the
+//! [`Guest`] and is a [`Disk`], so whatever takes a disk also runs at the
 //! guest's end of the ring.
 //!
 //! Each [`Disk::queue`] is one ring; they are handed out in turn, and a dropped one can be had

@@ -214,15 +214,15 @@ fn closed_and_opened_again() {
 fn a_frontend_that_starts_anew_without_closing() {
     let disk = memory(8);
     let rig = Rig::with_disk(disk.clone(), "", &[]);
-    let first = rig.connect(FrontOptions { max_queues: 4, ..Default::default() });
-    exercise(&disk, &mut *first.queue(32).unwrap(), 0);
-    first.abandon();
-    assert_eq!(rig.front_key("state").as_deref(), Some("4"));
-    // It finds the keys of four queues and wants one.
-    let second = rig.connect(FrontOptions { max_queues: 1, ..Default::default() });
-    exercise(&disk, &mut *second.queue(32).unwrap(), 0);
-    assert_eq!(rig.front_key("multi-queue-num-queues"), None);
-    second.close().unwrap();
+    // Each finds another one's keys, and a backend that may still be noticing its end.
+    for (round, queues) in [4, 1, 2, 1, 4, 4].into_iter().enumerate() {
+        let front = rig.connect(FrontOptions { max_queues: queues, ..Default::default() });
+        exercise(&disk, &mut *front.queue(32).unwrap(), (round as u64) << 20);
+        let told = rig.front_key("multi-queue-num-queues").unwrap_or("1".into());
+        assert_eq!(told, queues.to_string());
+        front.abandon();
+    }
+    rig.connect(FrontOptions::default()).close().unwrap();
 }
 
 #[test]
