@@ -6,7 +6,9 @@ use std::sync::Arc;
 use blktap::disk::RawDisk;
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry};
-use hypervisor::xenbus::{Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, State};
+use hypervisor::xenbus::{
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, State,
+};
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
 
@@ -68,6 +70,7 @@ impl Backend for BlkBackend {
             open: self.open.clone(),
             id: id.clone(),
             serving: None,
+            log: LogLimit::default(),
             #[cfg(feature = "test-faults")]
             leak: crate::leak::Node::none(),
         })
@@ -81,6 +84,8 @@ struct BlkDevice {
     open: Arc<Open>,
     id: DeviceId,
     serving: Option<Serving>,
+    /// The guest decides how often it connects.
+    log: LogLimit,
     #[cfg(feature = "test-faults")]
     leak: crate::leak::Node,
 }
@@ -249,12 +254,14 @@ impl Device for BlkDevice {
         let limits = Self::limits(&config, &geometry, &keys);
         let mut serving = Serving { queues: Vec::new(), disk, geometry, _stats: None };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
-        tracing::info!(
-            "{}: {} with {} queue(s)",
-            self.id,
-            if how == Meeting::Fresh { "connected" } else { "attached" },
-            serving.queues.len()
-        );
+        if self.log.permits(&self.id) {
+            tracing::info!(
+                "{}: {} with {} queue(s)",
+                self.id,
+                if how == Meeting::Fresh { "connected" } else { "attached" },
+                serving.queues.len()
+            );
+        }
         self.serving = Some(serving);
         #[cfg(feature = "test-faults")]
         {
@@ -268,7 +275,9 @@ impl Device for BlkDevice {
         // All are told before the first is waited for.
         serving.queues.iter().for_each(Queue::stop);
         serving.queues.clear();
-        tracing::info!("{}: disconnected", self.id);
+        if self.log.permits(&self.id) {
+            tracing::info!("{}: disconnected", self.id);
+        }
     }
 
     fn release(&mut self) {
