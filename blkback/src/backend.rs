@@ -8,7 +8,7 @@ use blktap::disk::RawDisk;
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry};
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, Meeting, Nodes, Parting, State,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
@@ -73,6 +73,7 @@ impl Backend for BlkBackend {
             open: self.open.clone(),
             id: id.clone(),
             serving: None,
+            log: LogLimit::default(),
             #[cfg(feature = "test-faults")]
             leak: crate::leak::Node::none(),
         })
@@ -86,6 +87,8 @@ struct BlkDevice {
     open: Arc<Open>,
     id: DeviceId,
     serving: Option<Serving>,
+    /// The guest decides how often it connects.
+    log: LogLimit,
     #[cfg(feature = "test-faults")]
     leak: crate::leak::Node,
 }
@@ -271,12 +274,14 @@ impl Device for BlkDevice {
         let mut serving =
             Serving { queues: Vec::new(), config: config.clone(), disk, geometry, _stats: None };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
-        tracing::info!(
-            "{}: {} with {} queue(s)",
-            self.id,
-            if how == Meeting::Fresh { "connected" } else { "attached" },
-            serving.queues.len()
-        );
+        if self.log.permits(&self.id) {
+            tracing::info!(
+                "{}: {} with {} queue(s)",
+                self.id,
+                if how == Meeting::Fresh { "connected" } else { "attached" },
+                serving.queues.len()
+            );
+        }
         self.serving = Some(serving);
         #[cfg(feature = "test-faults")]
         {
@@ -291,7 +296,9 @@ impl Device for BlkDevice {
         // All are told before the first is waited for.
         serving.queues.iter().for_each(|queue| queue.stop(why));
         serving.queues.clear();
-        tracing::info!("{}: disconnected in {} ms", self.id, begun.elapsed().as_millis());
+        if self.log.permits(&self.id) {
+            tracing::info!("{}: disconnected in {} ms", self.id, begun.elapsed().as_millis());
+        }
     }
 
     fn release(&mut self) {

@@ -5,12 +5,14 @@
 
 mod control;
 mod device;
+mod log_limit;
 pub mod machine;
 mod nodes;
 mod server;
 pub mod toolstack;
 
 pub use device::{Device, Fault, Faults, Meeting, Parting};
+pub use log_limit::LogLimit;
 pub use machine::State;
 pub use nodes::{DeviceId, Key, Nodes};
 pub use server::{Backend, Nodesets, Options, Scope, serve};

@@ -1,14 +1,16 @@
 //! Grant references that are bad, revoked, another's, or read-only.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use blkback::proto::{Body, OP_READ, OP_WRITE, RSP_ERROR, RSP_OKAY, Segment};
 use hypervisor::xenbus::State;
 use hypervisor::{Access, GrantedPages, Guest};
 
-use crate::guest::{PERSISTENT, PLAIN, Queue, Wish, indirect, put_table, read, whole, write};
+use crate::guest::{PERSISTENT, PLAIN, Queue, Wish, at, indirect, put_table, read, whole, write};
 use crate::image::patterned;
 use crate::memory::RawGuest;
+use crate::rig::until;
 use crate::scene::{BAD, Scene};
 
 /// Connects with `ring-ref` set to a reference; the device must fail for this reason.
@@ -271,7 +273,10 @@ fn a_reference_revoked_during_use_fails_its_request_at_most() {
                     queue.push(read(u64::from(round % 50) * 8, &segments));
                 }
                 queue.publish();
-                (0..round * 37 % 3000).for_each(|n| _ = std::hint::black_box(n));
+                // At once, or when some have been answered.
+                let answered = queue.memory.word(at::RSP_PROD);
+                let enough = round * 8 + round % 3 * 3;
+                until("some answers", || answered.load(Relaxed) >= enough);
                 let ended = raw.end_access(&refs);
                 for _ in 0..8 {
                     match queue.answer().status {

@@ -103,13 +103,6 @@ impl Rig {
     pub fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
-    pub fn socket(&self) -> PathBuf {
-        self.run_dir().join(HYPERVISOR_SOCKET)
-    }
-    /// Another backend's process.
-    pub fn another_backend(&self, args: &[&str]) -> Child {
-        backend(self.dir.path(), args)
-    }
     pub fn domain(&self, name: &str) -> Domain {
         Domain::new(&self.toolstack, name)
     }

@@ -11,7 +11,7 @@ use crate::scene::{BAD, Scene};
 
 const LONG: Duration = Duration::from_millis(2000);
 /// Lines that a guest may cause in a log within [`LONG`], and some for the start.
-const LINES: usize = 100;
+const LINES: usize = 60;
 
 /// Writes states in a tight loop, with good ring keys in place.
 fn flap(states: &[&str]) {

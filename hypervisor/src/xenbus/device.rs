@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, after, select};
 
 use super::control::Request;
+use super::log_limit::LogLimit;
 use super::machine::{Action, Phase, Seen, State, step};
 use super::nodes::{Key, Nodes};
 
@@ -87,6 +88,7 @@ pub(crate) struct Runner {
     pub device: Box<dyn Device>,
     pub words: Receiver<Word>,
     pub requests: Receiver<Request>,
+    pub log: LogLimit,
 }
 
 impl Runner {
@@ -184,7 +186,9 @@ impl Runner {
             }
             Action::Report => {
                 let text = reason.as_ref().map_or("unknown", |f| &f.0);
-                tracing::error!("{}: {text}", self.nodes.id());
+                if self.log.permits(self.nodes.id()) {
+                    tracing::error!("{}: {text}", self.nodes.id());
+                }
                 self.nodes.report(text)?;
                 Ok(Vec::new())
             }

@@ -10,6 +10,7 @@ use crossbeam::channel::{Receiver, after, bounded, select};
 
 use super::control::Claim;
 use super::device::{Device, Runner, Thread, Word};
+use super::log_limit::LogLimit;
 use super::nodes::{DeviceId, Nodes};
 use crate::store::{Client, Tx, Watched};
 use crate::{DomId, Hypervisor};
@@ -207,7 +208,8 @@ impl Server<'_> {
         claim.listen(self.runtime.handle(), ask)?;
         let frontend_path = nodes.frontend_path().to_owned();
         self.store.watch(&format!("{frontend_path}/state"), &format!("frontend:{id}"))?;
-        let runner = Runner { nodes, device: self.backend.device(&id), words: heard, requests };
+        let device = self.backend.device(&id);
+        let runner = Runner { nodes, device, words: heard, requests, log: LogLimit::default() };
         let handle = std::thread::Builder::new()
             .name(format!("{}-{}-{}", id.kind, id.domid, id.devid))
             .spawn(move || runner.run())?;
