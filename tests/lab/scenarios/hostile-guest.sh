@@ -22,7 +22,7 @@ attack() { # KIND
       *"req_prod"*) echo "ok: $e" ;;
       *) fail "error node of the device: '$e'" ;;
     esac
-    xenstore-rm "error/backend/vbd/$domid"
+    xenstore-rm /local/domain/0/error # as the kernel's, it stays for the administrator to read
   fi
   must xl block-detach g xvdb
   must xl block-detach g xvdc
