@@ -176,13 +176,12 @@ impl BlkFront {
         };
         // The rings must be empty rings before the backend maps them.
         raws.iter().try_for_each(|raw| raw.empty(options.protocol))?;
-        chosen.write(&store, &node)?;
-        let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
-        let state = node.wait_backend(&store, options.patience, settled)?;
-        if state != State::Connected {
-            return Err(refused(&store, &node));
-        }
-        let info = DiskInfo::read(&store, &node)?;
+        let info = introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
+            // Done with, so that the next connection begins anew.
+            if let Err(e) = node.set_state(&store, State::Closed) {
+                tracing::debug!("{}: {e}", node.front);
+            }
+        })?;
         let shared = Arc::new(Shared::new(info)?);
         let counters = raws.iter().map(|_| FrontCounters::default()).collect::<Vec<_>>();
         let mut free = Vec::new();
@@ -252,6 +251,21 @@ impl BlkFront {
     /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
     pub fn abandon(self) {
         *self.device.ending.lock() = Ending::Done;
+    }
+}
+
+/// Writes the choice, waits for the backend and reads what its disk is.
+fn introduce(
+    store: &Client,
+    node: &Node,
+    chosen: &Chosen,
+    patience: Duration,
+) -> io::Result<DiskInfo> {
+    chosen.write(store, node)?;
+    let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
+    match node.wait_backend(store, patience, settled)? {
+        State::Connected => DiskInfo::read(store, node),
+        _ => Err(refused(store, node)),
     }
 }
 

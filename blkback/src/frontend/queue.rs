@@ -200,27 +200,30 @@ impl<A: Abi> Queue<A> {
 
     /// Sleeps until something happens: a bit for each of `fds`.
     fn sleep(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
+        // What is disabled stays readable, and would let nobody sleep any more.
+        let own = if self.shared.stage() == Stage::Broken { 0 } else { 2 };
         let event = self.channel.as_fd();
         let all = |i: usize| match i {
-            0 => event,
-            1 => self.shared.wake(),
-            _ => fds.get(i - 2).copied().unwrap_or(event),
+            0 if own > 0 => event,
+            1 if own > 0 => self.shared.wake(),
+            _ => fds.get(i - own).copied().unwrap_or(event),
         };
         let mut polls: [PollFd<'_>; MAX_FDS + 2] =
             std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
+        let polls = &mut polls[..fds.len() + own];
         let limit = timeout.and_then(|t| Timespec::try_from(t).ok());
         self.counters.sleeps.add(1);
         let before = Instant::now();
-        match poll(&mut polls[..fds.len() + 2], limit.as_ref()) {
+        match poll(polls, limit.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(0),
             Err(e) => return Err(e.into()),
         }
         self.poller.slept(before.elapsed().as_nanos() as u64);
         let hit = |p: &PollFd<'_>| !p.revents().is_empty();
-        let bits = polls[2..fds.len() + 2].iter().enumerate();
+        let bits = polls[own..].iter().enumerate();
         let bits = bits.filter(|(_, p)| hit(p)).fold(0, |bits, (at, _)| bits | 1 << at);
-        if hit(&polls[0]) {
+        if own > 0 && hit(&polls[0]) {
             match self.channel.acknowledge() {
                 Ok(true) => self.ring.woken(),
                 Ok(false) => {}
@@ -285,21 +288,23 @@ impl<A: Abi> DiskQueue for Queue<A> {
                 if self.look() == Pending::Work {
                     self.poller.worked(&self.counters);
                     self.reap();
+                    // Answers may have made room for what had to wait.
+                    self.publish()?;
                 } else if !self.poller.spin(&self.counters) {
                     break;
                 }
             }
         }
-        let broken = self.shared.stage() == Stage::Broken && self.reap();
-        if !self.done.is_empty() || broken {
+        let broken = self.shared.stage() == Stage::Broken;
+        if broken {
+            self.reap();
+        }
+        if !self.done.is_empty() {
             return if fds.is_empty() { Ok(0) } else { self.sleep(fds, Some(Duration::ZERO)) };
         }
-        match self.ring.arm() {
-            Ok(Pending::Nothing) => {}
-            Ok(Pending::Work) | Err(_) => {
-                self.reap();
-                return self.publish().map(|()| 0);
-            }
+        if !broken && self.ring.arm() != Ok(Pending::Nothing) {
+            self.reap();
+            return self.publish().map(|()| 0);
         }
         if self.in_use == 0 && fds.is_empty() && timeout.is_none() {
             return Ok(0);

@@ -128,6 +128,11 @@ impl Scene {
         assert_eq!(self.done(), [(99, errno)]);
         assert_eq!(self.queue.in_flight(), 0);
         assert!(!self.queue.drain());
+        // Whoever waits for something else can sleep.
+        let quiet = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (begun, limit) = (Instant::now(), Duration::from_millis(30));
+        assert_eq!(self.queue.wait(&[quiet.as_fd()], Some(limit)).unwrap(), 0);
+        assert!(begun.elapsed() >= limit);
     }
     fn submit_after(&mut self, token: u64) {
         let request = DiskRequest { op: Op::Flush, offset: 0, len: 0, bufs: &[], token };

@@ -156,9 +156,12 @@ fn more_than_the_pool_holds_goes_in_parts() {
         ..Default::default()
     });
     let mut queue = front.queue(8).unwrap();
+    let begun = std::time::Instant::now();
     let bytes = pattern(10 << 20, 6);
     assert_eq!(write(&mut *queue, 4096, &bytes), 0);
     same(&read(&mut *queue, 4096, 10 << 20), &bytes);
+    // Some 160 requests: none of them waited for the second that a wait here lasts at most.
+    assert!(begun.elapsed() < Duration::from_secs(10));
 }
 
 #[test]
@@ -340,4 +343,23 @@ fn no_request_allocates() {
     let before = counting::allocations();
     many(&mut *queue, &mut memory, 3_000, &mut done);
     assert_eq!(counting::allocations() - before, 0);
+}
+
+#[test]
+fn a_refused_frontend_may_come_again() {
+    let disk = memory(2);
+    let fail = std::sync::atomic::AtomicBool::new(true);
+    let backing = disk.clone();
+    let rig = Rig::start(Arc::new(move |_| {
+        match fail.swap(false, std::sync::atomic::Ordering::AcqRel) {
+            true => Err(hypervisor::xenbus::Fault("no disk today".into())),
+            false => Ok(backing.clone() as Arc<dyn Disk>),
+        }
+    }));
+    rig.attach("", &[]);
+    let first = blkback::BlkFront::connect(rig.guest(), rig::DEVID, FrontOptions::default());
+    assert_eq!(first.err().unwrap().kind(), std::io::ErrorKind::ConnectionRefused);
+    let second = rig.connect(FrontOptions::default());
+    exercise(&disk, &mut *second.queue(8).unwrap(), 0);
+    second.close().unwrap();
 }
