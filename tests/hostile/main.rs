@@ -12,6 +12,7 @@ mod guest;
 mod image;
 mod kills;
 mod lifetime;
+mod limits;
 mod memory;
 mod process;
 mod races;

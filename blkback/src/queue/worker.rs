@@ -178,11 +178,11 @@ impl<A: Abi> Worker<A> {
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
         self.reap()?;
-        let taken = self.take()?;
+        let moved = self.take()?;
         let done = !self.run.done.is_empty();
         self.run.done.clear();
         self.publish()?;
-        if taken == 0 && !done {
+        if moved == 0 && !done {
             return Ok(false);
         }
         self.run.spurious = 0;
@@ -203,6 +203,7 @@ impl<A: Abi> Worker<A> {
 
     // ---- from the ring to the disk
 
+    /// How many requests were taken or started.
     fn take(&mut self) -> Result<usize, Fault> {
         let mut taken = 0;
         let mut table_pages = 0;
@@ -218,10 +219,13 @@ impl<A: Abi> Worker<A> {
             self.accept(slot, &A::parse(&entry.req), &mut table_pages);
         }
         self.fetch_tables()?;
-        if !self.run.fresh.is_empty() || !self.run.waiting.is_empty() {
-            self.start()?;
-        }
-        Ok(taken)
+        // What was started may have ended at once, by a bad reference: whoever waited for that
+        // has nobody else to start it.
+        let started = match self.run.fresh.is_empty() && self.run.waiting.is_empty() {
+            true => 0,
+            false => self.start()?,
+        };
+        Ok(taken + started)
     }
 
     fn corrupt(&self, e: &rings::Corrupt) -> Fault {
@@ -314,8 +318,8 @@ impl<A: Abi> Worker<A> {
         self.run.segments = segments;
     }
 
-    /// Places and sends what waits and what is fresh, in order.
-    fn start(&mut self) -> Result<(), Fault> {
+    /// Places and sends what waits and what is fresh, in order; how many.
+    fn start(&mut self) -> Result<usize, Fault> {
         self.run.waiting.extend(self.run.fresh.drain(..));
         // Whoever waits holds up all behind it: so a barrier keeps its place.
         let mut ready = 0;
@@ -335,7 +339,7 @@ impl<A: Abi> Worker<A> {
             }
         }
         self.disk.submit_all()?;
-        Ok(())
+        Ok(ready)
     }
 
     /// A barrier waits until it is alone; nothing starts beside one.
