@@ -40,7 +40,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// A folder of this process's own, removed at the end.
+/// A folder of this process's own, removed at the end; by the hypervisor's process, if it has
+/// one, where this process is killed.
 struct Scratch(Folder);
 
 impl Scratch {

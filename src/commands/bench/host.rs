@@ -107,9 +107,9 @@ pub struct Ours {
 impl Ours {
     /// Serves `target` with sockets in `folder`, which is removed at the end, with the knobs `options`.
     pub fn start(folder: &Path, target: &str, options: &str) -> io::Result<Ours> {
-        let run_dir = folder.to_owned();
+        let run_dir = folder.join("run");
         let mut command = ourselves()?;
-        command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(&run_dir);
+        command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(folder);
         let hypervisor = Held::spawn(command.stdin(Stdio::piped()))?;
         let socket = run_dir.join(HYPERVISOR_SOCKET);
         until("the hypervisor's socket", || Toolstack::connect(&socket).is_ok())?;
