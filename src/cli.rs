@@ -185,6 +185,9 @@ pub struct BenchBlk {
     /// Set a knob of our backend (see `ringback knobs`); may be repeated.
     #[arg(long = "set", value_name = "KNOB=VALUE")]
     pub set: Vec<String>,
+    /// How long our frontend polls before it sleeps, in microseconds.
+    #[arg(long, value_name = "US")]
+    pub front_poll_us: Option<u32>,
     /// Show instead what a connected device costs that has nothing to do.
     #[arg(long, conflicts_with_all = ["peer", "rounds"])]
     pub idle: bool,

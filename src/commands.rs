@@ -15,8 +15,8 @@ mod stats;
 use std::process::ExitCode;
 
 use crate::cli::{Attach, Backend, Cli, Command, Detach};
-use backend::Disks;
 use crate::platform::{connect, run_dir};
+use backend::Disks;
 
 /// Why a command failed; its text says what to do next.
 pub type Result<T = ExitCode> = std::result::Result<T, Box<dyn std::error::Error>>;

@@ -37,8 +37,7 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
-    let backend =
-        BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open(disks));
+    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open(disks));
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },

@@ -113,6 +113,8 @@ pub(super) struct Run {
     barrier: bool,
     unpublished: u32,
     spurious: u32,
+    /// The port has an event that is not acknowledged.
+    rung: bool,
     changes: u64,
     segments: Vec<Segment>,
     page: Vec<u8>,
@@ -133,6 +135,7 @@ impl Run {
             barrier: false,
             unpublished: 0,
             spurious: 0,
+            rung: false,
             changes: 0,
             segments: Vec::with_capacity(segments),
             page: vec![0; rings::PAGE_SIZE],
@@ -497,8 +500,9 @@ impl<A: Abi> Worker<A> {
         if self.run.spurious >= SPURIOUS_STREAK {
             self.disk.wait(&[self.shared.wake()], Some(BACK_OFF))?;
         }
-        // Only now, after the ring's work: the port stays masked while the queue works.
-        if self.channel.acknowledge()? {
+        // Only now, after the ring's work: the port stays masked while the queue works. And only
+        // where it has rung: on a busy ring most sleeps end by the disk.
+        if std::mem::take(&mut self.run.rung) && self.channel.acknowledge()? {
             self.ring.woken();
         }
         if self.ring.arm().map_err(|e| self.corrupt(&e))? == Pending::Work {
@@ -514,6 +518,7 @@ impl<A: Abi> Worker<A> {
         self.poller.slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
+            self.run.rung = true;
         }
         if ready & 2 != 0 {
             self.shared.woken();

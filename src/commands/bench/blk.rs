@@ -232,7 +232,12 @@ struct Pair<'a> {
 impl<'a> Pair<'a> {
     fn start(disk: &'a Disk, options: &'a BenchBlk) -> Result<Pair<'a>> {
         let folders = [Scratch::new(None)?, Scratch::new(None)?];
-        let ours = Ours::start(folders[0].path(), &disk.target()?, &disk.options(&options.set))?;
+        let ours = Ours::start(
+            folders[0].path(),
+            &disk.target()?,
+            &disk.options(&options.set),
+            options.front_poll_us,
+        )?;
         let qemu = match options.peer {
             cli::Peer::Qemu => Some(Qemu::start(folders[1].path(), disk)?),
             cli::Peer::None => None,
@@ -278,7 +283,12 @@ impl<'a> Pair<'a> {
 fn idle(options: &BenchBlk) -> Result {
     let disk = Disk::Null { size: NULL_SIZE };
     let folder = Scratch::new(None)?;
-    let ours = Ours::start(folder.path(), &disk.target()?, &disk.options(&options.set))?;
+    let ours = Ours::start(
+        folder.path(),
+        &disk.target()?,
+        &disk.options(&options.set),
+        options.front_poll_us,
+    )?;
     let load = Load { op: Op::Read, depth: 32, span: NULL_SIZE, warm_up: WARM_UP, seconds: 0.2 };
     let m = ours.measure(load, Some(options.seconds))?;
     if options.json {

@@ -25,6 +25,8 @@ pub struct Plan {
     pub backend_pid: u32,
     /// The backend's stats page.
     pub stats: PathBuf,
+    /// How long the frontend polls, where it is not its default.
+    pub poll_us: Option<u32>,
     /// Stay connected for so many seconds without a request instead.
     pub idle: Option<f64>,
 }
@@ -88,13 +90,17 @@ fn backend_calls(stats: &mut Reader) -> io::Result<u64> {
 pub fn run(plan: &Plan) -> io::Result<Measured> {
     let link = Link::new(io::stdin().as_fd().try_clone_to_owned()?)?;
     let guest = Arc::new(Frontend::new(link));
-    let options = FrontOptions { max_queues: 1, ..FrontOptions::default() };
+    let default = FrontOptions::default();
+    let poll_us = plan.poll_us.unwrap_or(default.poll_us);
+    let options = FrontOptions { max_queues: 1, poll_us, ..default };
     let front = BlkFront::connect(guest, plan.devid, options)?;
     let depth = plan.load.depth;
     let queue = front.queue(depth)?;
     let memory = front.buffer(depth as usize * BLOCK as usize)?;
     // SAFETY: within the buffer, which outlives the queue's use of it in this function.
-    let buf = |n: u32| [unsafe { IoBuf::new(memory.base().add((n as u64 * BLOCK) as usize), BLOCK as usize) }];
+    let buf = |n: u32| {
+        [unsafe { IoBuf::new(memory.base().add((n as u64 * BLOCK) as usize), BLOCK as usize) }]
+    };
     let bufs = (0..depth).map(buf).collect();
     let done = Vec::with_capacity(depth as usize);
     let counters = front.counters()[0].clone();

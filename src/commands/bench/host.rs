@@ -102,11 +102,18 @@ pub struct Ours {
     _hypervisor: Held,
     domid: DomId,
     run_dir: PathBuf,
+    poll_us: Option<u32>,
 }
 
 impl Ours {
-    /// Serves `target` with sockets in `folder`, which is removed at the end, with the knobs `options`.
-    pub fn start(folder: &Path, target: &str, options: &str) -> io::Result<Ours> {
+    /// Serves `target` with sockets in `folder`, which is removed at the end, with the knobs `options`; its
+    /// guests poll for `poll_us`.
+    pub fn start(
+        folder: &Path,
+        target: &str,
+        options: &str,
+        poll_us: Option<u32>,
+    ) -> io::Result<Ours> {
         let run_dir = folder.join("run");
         let mut command = ourselves()?;
         command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(folder);
@@ -121,7 +128,15 @@ impl Ours {
         command.arg("--run-dir").arg(&run_dir).arg("--hypervisor").arg(&socket);
         command.args(["backend", "blk", "--null-disks", "--domid", &domid.to_string()]);
         let backend = Held::spawn(command.stdin(Stdio::null()))?;
-        let ours = Ours { backend, _keep: keep, toolstack, _hypervisor: hypervisor, domid, run_dir };
+        let ours = Ours {
+            backend,
+            _keep: keep,
+            toolstack,
+            _hypervisor: hypervisor,
+            domid,
+            run_dir,
+            poll_us,
+        };
         ours.attach(target, options)?;
         Ok(ours)
     }
@@ -147,7 +162,8 @@ impl Ours {
 
     fn plan(&self, load: Load, idle: Option<f64>) -> Plan {
         let stats = self.run_dir.join(format!("{}/vbd-{DEVID}.stats", self.domid));
-        Plan { devid: DEVID, load, backend_pid: self.backend.child.id(), stats, idle }
+        let (backend_pid, poll_us) = (self.backend.child.id(), self.poll_us);
+        Plan { devid: DEVID, load, backend_pid, stats, poll_us, idle }
     }
 
     /// One measurement by a new guest process of the same domain.

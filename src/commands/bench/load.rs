@@ -125,11 +125,7 @@ impl<C: Client> Driver<'_, C> {
 }
 
 /// Runs a load and measures it.
-pub fn drive<C: Client>(
-    client: &mut C,
-    load: Load,
-    backend: &Backend<'_>,
-) -> io::Result<Measured> {
+pub fn drive<C: Client>(client: &mut C, load: Load, backend: &Backend<'_>) -> io::Result<Measured> {
     let answered = Vec::with_capacity(load.depth as usize);
     let random = 0x2545_f491_4f6c_dd1d;
     let mut driver = Driver { client, load, random, answered, count: 0 };
