@@ -244,8 +244,7 @@ impl<A: Abi> Queue<A> {
         let flush_after = r.op == Op::WriteFua && self.flush_op().is_some();
         let job = &mut self.jobs[number as usize];
         job.bufs.clear();
-        job.bufs.extend_from_slice(r.bufs);
-        job.bufs.retain(|b| !b.is_empty());
+        job.bufs.extend(r.bufs.iter().filter(|b| !b.is_empty()));
         (job.used, job.op, job.token, job.payload) = (true, r.op, r.token, payload);
         (job.offset, job.len, job.issued) = (r.offset, r.len, 0);
         (job.calls, job.errno) = (0, 0);
@@ -553,34 +552,48 @@ impl<A: Abi> Queue<A> {
 
     /// Sleeps until something happens: a bit for each of `fds`.
     fn sleep(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
-        let event = self.channel.as_fd();
-        let all = |i: usize| match i {
-            0 => event,
-            1 => self.shared.wake(),
-            _ => fds.get(i - 2).copied().unwrap_or(event),
-        };
-        let mut polls: [PollFd<'_>; MAX_FDS + 2] =
-            std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
         let limit = timeout.and_then(|t| Timespec::try_from(t).ok());
         self.counters.sleeps.add(1);
         let before = Instant::now();
-        match poll(&mut polls[..fds.len() + 2], limit.as_ref()) {
-            Ok(_) => {}
+        // Most sleep for the ring alone, and a long list takes as long to make as the call.
+        let woken = match fds.len() {
+            0 => self.poll_fds::<2>(fds, limit.as_ref()),
+            _ => self.poll_fds::<{ MAX_FDS + 2 }>(fds, limit.as_ref()),
+        };
+        let bits = match woken {
+            Ok(bits) => bits,
             Err(Errno::INTR) => return Ok(0),
             Err(e) => return Err(e.into()),
-        }
+        };
         self.poller.slept(before.elapsed().as_nanos() as u64);
-        let hit = |p: &PollFd<'_>| !p.revents().is_empty();
-        let bits = polls[2..fds.len() + 2].iter().enumerate();
-        let bits = bits.filter(|(_, p)| hit(p)).fold(0, |bits, (at, _)| bits | 1 << at);
-        if hit(&polls[0]) {
+        if bits & 1 != 0 {
             match self.channel.acknowledge() {
                 Ok(true) => self.ring.woken(),
                 Ok(false) => {}
                 Err(e) => self.shared.fail(format!("{}: event channel: {e}", self.name)),
             }
         }
-        Ok(bits)
+        Ok((bits >> 2) as u64)
+    }
+
+    /// A bit each for the port, the device's news, and each of `fds`, in a list of `N`.
+    fn poll_fds<const N: usize>(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        limit: Option<&Timespec>,
+    ) -> Result<u128, Errno> {
+        let event = self.channel.as_fd();
+        let all = |i: usize| match i {
+            0 => event,
+            1 => self.shared.wake(),
+            _ => fds.get(i - 2).copied().unwrap_or(event),
+        };
+        let mut polls: [PollFd<'_>; N] =
+            std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
+        let polls = &mut polls[..fds.len() + 2];
+        poll(polls, limit)?;
+        let hits = polls.iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
+        Ok(hits.fold(0, |bits, (at, _)| bits | 1 << at))
     }
 
     fn look(&mut self) -> Pending {
