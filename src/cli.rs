@@ -81,6 +81,9 @@ pub enum Command {
     Doctor(List),
     /// Show the knobs: names, units, defaults, ranges.
     Knobs(Knobs),
+    /// Measure, beside others under the same load.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Show the version.
     Version,
 }
@@ -120,6 +123,76 @@ pub struct Hypervisor {
     pub throw_away: Option<PathBuf>,
 }
 
+#[derive(Subcommand)]
+pub enum Bench {
+    /// A request's way through the ring and back, beside Xen's C macros (needs gcc, libxen-dev).
+    Ring(BenchRing),
+    /// From a guest's process to a disk and back, beside qemu-storage-daemon.
+    Blk(BenchBlk),
+    /// Be the guest of a bench.
+    #[command(hide = true)]
+    Guest {
+        /// What to do.
+        plan: String,
+    },
+    /// Be the client of a peer.
+    #[command(hide = true)]
+    Client {
+        /// What to do.
+        plan: String,
+    },
+}
+
+#[derive(Args)]
+pub struct BenchRing {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Measure each pair so often.
+    #[arg(long, value_name = "N", default_value = "31")]
+    pub rounds: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// qemu-storage-daemon's vhost-user-blk export.
+    Qemu,
+    /// None.
+    None,
+}
+
+#[derive(Args)]
+pub struct BenchBlk {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Length of one measurement.
+    #[arg(long, value_name = "S", default_value = "1")]
+    pub seconds: f64,
+    /// Measure each pair so often; the two alternate.
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub rounds: u32,
+    /// Whom to measure beside.
+    #[arg(long, value_enum, default_value = "qemu")]
+    pub peer: Peer,
+    /// `null` (a disk that touches no payload), or a file, which is only read. May be repeated.
+    /// Without it null and a throw-away file, which is written too.
+    #[arg(long, value_name = "null|FILE")]
+    pub disk: Vec<PathBuf>,
+    /// Only this depth; may be repeated [default: 1 and 32].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub depth: Vec<u32>,
+    /// Set a knob of our backend (see `ringback knobs`); may be repeated.
+    #[arg(long = "set", value_name = "KNOB=VALUE")]
+    pub set: Vec<String>,
+    /// How long our frontend polls before it sleeps, in microseconds.
+    #[arg(long, value_name = "US")]
+    pub front_poll_us: Option<u32>,
+    /// Show instead what a connected device costs that has nothing to do.
+    #[arg(long, conflicts_with_all = ["peer", "rounds"])]
+    pub idle: bool,
+}
+
 #[derive(Args, Clone)]
 pub struct Serve {
     /// Take every node of the kind, not only those whose script is ours.
@@ -137,6 +210,9 @@ pub enum Backend {
         /// Serve this guest only. It may start later; serving ends with it.
         #[arg(long, value_name = "N")]
         domid: Option<u16>,
+        /// Take null:BYTES as a disk, which loses what is written: for benches.
+        #[arg(long, hide = true)]
+        null_disks: bool,
         #[command(flatten)]
         serve: Serve,
     },

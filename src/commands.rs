@@ -2,6 +2,7 @@
 
 mod attach;
 mod backend;
+mod bench;
 mod daemon;
 mod doctor;
 mod guest;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use crate::cli::{Attach, Backend, Cli, Command, Detach};
 use crate::platform::{connect, run_dir};
+use backend::Disks;
 
 /// Why a command failed; its text says what to do next.
 pub type Result<T = ExitCode> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -45,14 +47,18 @@ pub fn run(cli: Cli) -> Result {
         }
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
+        Command::Bench(bench) => return bench::run(&bench),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_) | Command::Guest { .. } => Ok(ExitCode::SUCCESS),
+        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) => Ok(ExitCode::SUCCESS),
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
-        Command::Backend(Backend::Blk { domid, serve }) => backend::blk(&context, domid, &serve),
+        Command::Backend(Backend::Blk { domid, null_disks, serve }) => {
+            let disks = if null_disks { Disks::WithNull } else { Disks::Real };
+            backend::blk(&context, domid, disks, &serve)
+        }
         Command::Attach(Attach::Blk { domid, vdev, target, read_only, drive, set, backend }) => {
             let disk = attach::Disk { domid, vdev, target, read_only, drive, set, backend };
             attach::attach(&context, &disk)

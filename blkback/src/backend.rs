@@ -151,7 +151,8 @@ impl BlkDevice {
             .run_dir
             .join(self.id.domid.to_string())
             .join(format!("{}-{}.stats", self.id.kind, self.id.devid));
-        let made = Builder::new(device).blocks(3 * queues as u32).bytes(queues * 8192).create(path);
+        let made =
+            Builder::new(device).blocks(4 * queues as u32).bytes((queues + 1) * 8192).create(path);
         made.inspect_err(|e| tracing::warn!("{}: no stats page: {e}", self.id)).ok()
     }
 
@@ -183,6 +184,7 @@ impl BlkDevice {
                 ring_counters: block(&stats, &format!("ring-{number}")),
                 pool_counters: block(&stats, &format!("grants-{number}")),
                 counters: block(&stats, &format!("queue-{number}")),
+                engine_counters: block(&stats, &format!("engine-{number}")),
             })?);
         }
         serving._stats = stats;

@@ -180,6 +180,7 @@ pub struct Request {
 
 impl Request {
     /// The operation byte.
+    #[inline]
     pub fn operation(&self) -> u8 {
         match self.body {
             Body::Direct { op, .. } => op.code(),
@@ -190,6 +191,7 @@ impl Request {
     }
     /// The response to this request. It echoes the operation, for an indirect request the inner
     /// one: blkfront takes anything else for corruption.
+    #[inline]
     pub fn answer(&self, status: i16) -> Response {
         let operation = match self.body {
             Body::Indirect { inner, .. } => inner,

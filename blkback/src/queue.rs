@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blktap::Disk;
+use blktap::engine::EngineCounters;
 use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use parking_lot::Mutex;
@@ -85,6 +86,7 @@ pub(crate) struct Start<'a> {
     pub ring_counters: Handle<RingCounters>,
     pub pool_counters: Handle<PoolCounters>,
     pub counters: Handle<QueueCounters>,
+    pub engine_counters: Handle<EngineCounters>,
 }
 
 /// A running queue; stopped and drained when dropped.
@@ -137,11 +139,13 @@ impl Queue {
             changes: AtomicU64::new(0),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
+        let mut disk = start.disk.queue(size as u32)?;
+        disk.count_in(start.engine_counters);
         let worker = Worker {
             name: name.clone(),
             ring,
             channel,
-            disk: start.disk.queue(size as u32)?,
+            disk,
             memory: Memory::new(
                 start.domid,
                 grants,

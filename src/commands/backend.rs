@@ -4,8 +4,10 @@
 mod faulty;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use blkback::{BlkBackend, Config};
+use blkback::{BlkBackend, Config, Open, Wanted};
+use blktap::NullDisk;
 use hypervisor::DomId;
 use hypervisor::xenbus::{self, Nodesets, Options, Scope};
 
@@ -20,12 +22,22 @@ pub fn config(serve: &Serve) -> Result<Config> {
     Ok(config)
 }
 
+/// What a node may name as its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disks {
+    /// What keeps data.
+    Real,
+    /// Also `null:BYTES`, which loses writes and leaves the buffers of reads as they are. Only a
+    /// bench asks for it, on its own backend's command line: no node can.
+    WithNull,
+}
+
 /// Serves block devices until a signal, the end of the guest, or of xenstored.
-pub fn blk(context: &Context, domid: Option<DomId>, serve: &Serve) -> Result {
+pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve) -> Result {
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
-    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open());
+    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open(disks));
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },
@@ -35,11 +47,22 @@ pub fn blk(context: &Context, domid: Option<DomId>, serve: &Serve) -> Result {
     Ok(ExitCode::SUCCESS)
 }
 
-#[cfg(feature = "test-faults")]
-use faulty::open;
-
 /// How disks are opened.
-#[cfg(not(feature = "test-faults"))]
-fn open() -> std::sync::Arc<blkback::Open> {
-    std::sync::Arc::new(blkback::open_target)
+fn open(disks: Disks) -> Arc<Open> {
+    #[cfg(feature = "test-faults")]
+    let real = faulty::open();
+    #[cfg(not(feature = "test-faults"))]
+    let real: Arc<Open> = Arc::new(blkback::open_target);
+    match disks {
+        Disks::Real => real,
+        Disks::WithNull => Arc::new(move |wanted: &Wanted| match null_of(wanted) {
+            Some(size) => Ok(NullDisk::new(size)),
+            None => real(wanted),
+        }),
+    }
+}
+
+/// Bytes of the null disk that is wanted.
+fn null_of(wanted: &Wanted) -> Option<u64> {
+    wanted.params.strip_prefix("null:")?.parse().ok()
 }

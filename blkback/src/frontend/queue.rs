@@ -218,7 +218,7 @@ impl<A: Abi> Queue<A> {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(0),
             Err(e) => return Err(e.into()),
-        }
+        };
         self.poller.slept(before.elapsed().as_nanos() as u64);
         let hit = |p: &PollFd<'_>| !p.revents().is_empty();
         let bits = polls[own..].iter().enumerate();
@@ -230,7 +230,27 @@ impl<A: Abi> Queue<A> {
                 Err(e) => self.shared.fail(format!("{}: event channel: {e}", self.name)),
             }
         }
-        Ok(bits)
+        Ok((bits >> 2) as u64)
+    }
+
+    /// A bit each for the port, the device's news, and each of `fds`, in a list of `N`.
+    fn poll_fds<const N: usize>(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        limit: Option<&Timespec>,
+    ) -> Result<u128, Errno> {
+        let event = self.channel.as_fd();
+        let all = |i: usize| match i {
+            0 => event,
+            1 => self.shared.wake(),
+            _ => fds.get(i - 2).copied().unwrap_or(event),
+        };
+        let mut polls: [PollFd<'_>; N] =
+            std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
+        let polls = &mut polls[..fds.len() + 2];
+        poll(polls, limit)?;
+        let hits = polls.iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
+        Ok(hits.fold(0, |bits, (at, _)| bits | 1 << at))
     }
 
     fn look(&mut self) -> Pending {

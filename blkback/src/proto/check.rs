@@ -188,6 +188,7 @@ impl Refusal {
 }
 
 /// Judges a request by itself. For an indirect request [`validate_segments`] has the last word.
+#[inline]
 pub fn validate(request: &Request, limits: &Limits) -> Result<Checked, Refusal> {
     match request.body {
         Body::Direct { op, sector, nr_segments, segments } => {
@@ -213,6 +214,7 @@ pub fn validate(request: &Request, limits: &Limits) -> Result<Checked, Refusal> 
 }
 
 /// Judges a list of segments and the range of the disk that they cover together.
+#[inline]
 pub fn validate_segments(
     sector: u64,
     segments: &[Segment],
@@ -232,6 +234,7 @@ pub fn validate_segments(
     within(sector, sectors, limits)
 }
 
+#[inline]
 fn direct(
     op: DirectOp,
     sector: u64,
@@ -307,6 +310,7 @@ fn beyond(sector: u64, sectors: u64, limits: &Limits) -> Result<(), Refusal> {
     }
 }
 
+#[inline]
 fn within(sector: u64, sectors: u64, limits: &Limits) -> Result<Range, Refusal> {
     beyond(sector, sectors, limits)?;
     let block = u64::from(limits.block_size) / SECTOR;

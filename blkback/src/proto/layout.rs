@@ -157,6 +157,7 @@ macro_rules! layout {
             const _: () = assert!(size_of::<Discard>() <= size_of::<Direct>());
             const _: () = assert!(size_of::<Indirect>() <= size_of::<Direct>());
 
+            #[inline]
             fn view<T: FromBytes>(raw: &Direct) -> T {
                 match T::read_from_prefix(raw.as_bytes()) {
                     Ok((view, _)) => view,
@@ -171,6 +172,7 @@ macro_rules! layout {
                 raw
             }
 
+            #[inline]
             pub(super) fn parse(raw: &Direct) -> Request {
                 let body = match (DirectOp::from_code(raw.operation), raw.operation) {
                     (Some(op), _) => {
@@ -202,6 +204,7 @@ macro_rules! layout {
                 Request { id: raw.id.get(), handle: raw.handle.get(), body }
             }
 
+            #[inline]
             pub(super) fn encode(request: &Request) -> Direct {
                 let mut raw = Direct::new_zeroed();
                 raw.operation = request.operation();
@@ -243,12 +246,15 @@ macro_rules! layout {
             type Rsp = $module::Response;
             const PROTOCOL: &'static str = $protocol;
 
+            #[inline]
             fn parse(raw: &Self::Req) -> Request {
                 $module::parse(raw)
             }
+            #[inline]
             fn encode(request: &Request) -> Self::Req {
                 $module::encode(request)
             }
+            #[inline]
             fn parse_response(raw: &Self::Rsp) -> Response {
                 Response {
                     id: raw.id.get(),
@@ -256,6 +262,7 @@ macro_rules! layout {
                     status: raw.status.get(),
                 }
             }
+            #[inline]
             fn encode_response(response: &Response) -> Self::Rsp {
                 let Response { id, operation, status } = *response;
                 $module::Response {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::{Disk, DiskQueue, Done, Full, Geometry, Op, Request};
 
@@ -105,14 +106,29 @@ pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io:
         tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(t.subsec_nanos()),
     });
-    let mut polls: [PollFd<'_>; 64] = std::array::from_fn(|i| {
-        PollFd::from_borrowed_fd(*fds.get(i).unwrap_or(first), PollFlags::IN)
-    });
-    match poll(&mut polls[..fds.len()], limit.as_ref()) {
-        Ok(_) => {}
-        Err(rustix::io::Errno::INTR) => return Ok(0),
-        Err(e) => return Err(e.into()),
+    // Few are the rule, and a long list takes as long to make as the call.
+    let woken = match fds.len() {
+        ..=2 => poll_fds::<2>(fds, *first, limit.as_ref()),
+        _ => poll_fds::<64>(fds, *first, limit.as_ref()),
+    };
+    match woken {
+        Ok(bits) => Ok(bits),
+        Err(Errno::INTR) => Ok(0),
+        Err(e) => Err(e.into()),
     }
-    let hit = polls[..fds.len()].iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
-    Ok(hit.fold(0, |bits, (at, _)| bits | 1 << at))
+}
+
+/// A bit for each of `fds` that is readable, by a list of `N`, filled up with `first`.
+fn poll_fds<const N: usize>(
+    fds: &[BorrowedFd<'_>],
+    first: BorrowedFd<'_>,
+    limit: Option<&Timespec>,
+) -> Result<u64, Errno> {
+    let mut polls: [PollFd<'_>; N] = std::array::from_fn(|i| {
+        PollFd::from_borrowed_fd(fds.get(i).copied().unwrap_or(first), PollFlags::IN)
+    });
+    let polls = &mut polls[..fds.len()];
+    poll(polls, limit)?;
+    let hits = polls.iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
+    Ok(hits.fold(0, |bits, (at, _)| bits | 1 << at))
 }

@@ -1,0 +1,303 @@
+//! `ringback bench blk`: random 4 KiB requests from a guest's process to a backend's, beside
+//! QEMU's storage daemon.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use super::host::Ours;
+use super::load::{Load, Measured, Op};
+use super::peer::Waiting;
+use super::qemu::{self, Qemu};
+use super::{Result, Scratch, machine, median, peer, table};
+use crate::cli::{self, BenchBlk};
+
+/// Bytes of the null disk.
+const NULL_SIZE: u64 = 1 << 40;
+/// Bytes of the throw-away file: more than caches of the processor, less than memory.
+const FILE_SIZE: u64 = 256 << 20;
+/// Seconds before each measurement.
+const WARM_UP: f64 = 0.2;
+/// Length of the trial of a peer's ways of waiting.
+const TRIAL: f64 = 0.2;
+
+/// How both sides use the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// Through it.
+    Cached,
+    /// O_DIRECT.
+    Direct,
+}
+
+impl Caching {
+    pub fn is_direct(self) -> bool {
+        self == Caching::Direct
+    }
+}
+
+/// A disk to measure.
+#[derive(Clone, Debug)]
+pub enum Disk {
+    /// It does nothing and touches no payload.
+    Null { size: u64 },
+    /// A raw file.
+    File { path: PathBuf, cache: Caching },
+}
+
+impl Disk {
+    fn name(&self) -> &'static str {
+        match self {
+            Disk::Null { .. } => "null",
+            Disk::File { cache: Caching::Cached, .. } => "cached file",
+            Disk::File { cache: Caching::Direct, .. } => "O_DIRECT file",
+        }
+    }
+    fn target(&self) -> Result<String> {
+        match self {
+            Disk::Null { size } => Ok(format!("null:{size}")),
+            Disk::File { path, .. } => {
+                let path = path.canonicalize()?;
+                let text = path.to_str().ok_or("the path is not UTF-8")?;
+                Ok(format!("raw:{text}"))
+            }
+        }
+    }
+    fn options(&self, more: &[String]) -> String {
+        let cache = match self {
+            Disk::File { cache: Caching::Direct, .. } => "cache=none",
+            _ => "cache=writeback",
+        };
+        let all = std::iter::once(cache).chain(more.iter().map(String::as_str));
+        all.collect::<Vec<_>>().join(",")
+    }
+    fn span(&self) -> Result<u64> {
+        match self {
+            Disk::Null { size } => Ok(*size),
+            Disk::File { path, .. } => Ok(std::fs::metadata(path)?.len()),
+        }
+    }
+    /// How many times the peer we aim to be, at a depth.
+    fn aim(&self, depth: u32) -> Option<f64> {
+        match (self, depth) {
+            (Disk::Null { .. }, 1 | 32) => Some(5.0),
+            (Disk::File { cache: Caching::Cached, .. }, 32) => Some(3.0),
+            _ => None,
+        }
+    }
+}
+
+/// One side's medians.
+#[derive(Clone, Debug, Serialize)]
+pub struct Side {
+    pub iops: f64,
+    /// Seconds of processor time for a million requests, by process.
+    pub guest_cpu_s_per_million: f64,
+    pub backend_cpu_s_per_million: f64,
+    /// System calls on the data path a request, where they are counted.
+    pub guest_calls: Option<f64>,
+    pub backend_calls: Option<f64>,
+    /// Times a thread went to sleep, a request.
+    pub guest_sleeps: f64,
+    pub backend_sleeps: f64,
+}
+
+impl Side {
+    fn of(all: &[Measured]) -> Side {
+        let by = |f: &dyn Fn(&Measured) -> f64| median(all.iter().map(f).collect());
+        let a_request = |m: &Measured, n: u64| n as f64 / (m.requests as f64).max(1.0);
+        let calls = |f: &dyn Fn(&Measured) -> Option<u64>| {
+            let all: Option<Vec<f64>> = all.iter().map(|m| Some(a_request(m, f(m)?))).collect();
+            all.map(median)
+        };
+        Side {
+            iops: by(&iops),
+            guest_cpu_s_per_million: by(&|m| a_request(m, m.guest.cpu_ns) / 1e3),
+            backend_cpu_s_per_million: by(&|m| a_request(m, m.backend.cpu_ns) / 1e3),
+            guest_calls: calls(&|m| m.guest_calls),
+            backend_calls: calls(&|m| m.backend_calls),
+            guest_sleeps: by(&|m| a_request(m, m.guest.sleeps)),
+            backend_sleeps: by(&|m| a_request(m, m.backend.sleeps)),
+        }
+    }
+}
+
+fn iops(m: &Measured) -> f64 {
+    m.requests as f64 / m.seconds
+}
+
+/// A line of the table.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub disk: &'static str,
+    pub op: Op,
+    pub depth: u32,
+    pub ringback: Side,
+    pub qemu: Option<Side>,
+    /// How QEMU's client waited: whichever was faster in a short trial.
+    pub qemu_client: Option<Waiting>,
+    /// Median of the pairs' ratios of IOPS.
+    pub ratio: Option<f64>,
+    pub aim: Option<f64>,
+}
+
+/// Runs all cases, or the idle one.
+pub fn run(options: &BenchBlk) -> Result {
+    if !(options.seconds > 0.0 && options.seconds <= 3600.0) {
+        return Err("--seconds: more than 0 and at most 3600".into());
+    }
+    if options.idle {
+        return idle(options);
+    }
+    let version = match options.peer {
+        cli::Peer::Qemu if !peer::BUILT => {
+            return Err("--peer qemu: built without the feature bench-peers".into());
+        }
+        cli::Peer::Qemu => Some(qemu::version()?),
+        cli::Peer::None => None,
+    };
+    let place = Scratch::new(Some(Path::new("/var/tmp")))?;
+    let (disks, ops) = disks(options, place.path())?;
+    let depths = if options.depth.is_empty() { vec![1, 32] } else { options.depth.clone() };
+    let mut rows = Vec::new();
+    if !options.json {
+        table::heading(options, version.as_deref());
+    }
+    for disk in &disks {
+        let pair = Pair::start(disk, options)?;
+        for depth in &depths {
+            for op in &ops {
+                let row = pair.row(*op, *depth)?;
+                if !options.json {
+                    table::row(&row);
+                }
+                rows.push(row);
+            }
+        }
+    }
+    if options.json {
+        let document = serde_json::json!({
+            "schema": 1, "bench": "blk", "machine": machine(), "qemu": version,
+            "seconds": options.seconds, "rounds": options.rounds, "rows": rows,
+        });
+        println!("{document}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The disks to measure, and what is done to them.
+fn disks(options: &BenchBlk, place: &Path) -> Result<(Vec<Disk>, Vec<Op>)> {
+    let null = Disk::Null { size: NULL_SIZE };
+    let both = |path: &Path| {
+        [Caching::Cached, Caching::Direct].map(|cache| Disk::File { path: path.to_owned(), cache })
+    };
+    if options.disk.is_empty() {
+        let path = place.join("disk");
+        make_file(&path)?;
+        let disks = std::iter::once(null).chain(both(&path)).collect();
+        return Ok((disks, vec![Op::Read, Op::Write]));
+    }
+    let mut disks = Vec::new();
+    let mut ops = vec![Op::Read, Op::Write];
+    for named in &options.disk {
+        if named == Path::new("null") {
+            disks.push(null.clone());
+            continue;
+        }
+        // Somebody's file is only read.
+        ops.truncate(1);
+        disks.extend(both(named));
+    }
+    Ok((disks, ops))
+}
+
+/// A file without holes, in the page cache.
+fn make_file(path: &Path) -> Result<()> {
+    let mut file = std::fs::File::create_new(path)?;
+    (0..FILE_SIZE >> 20).try_for_each(|n| file.write_all(&vec![n as u8 | 1; 1 << 20]))?;
+    Ok(file.sync_all()?)
+}
+
+/// The two sides, started once for each disk; the one that is not measured sleeps.
+struct Pair<'a> {
+    disk: &'a Disk,
+    options: &'a BenchBlk,
+    ours: Ours,
+    qemu: Option<Qemu>,
+    _folders: [Scratch; 2],
+}
+
+impl<'a> Pair<'a> {
+    fn start(disk: &'a Disk, options: &'a BenchBlk) -> Result<Pair<'a>> {
+        let folders = [Scratch::new(None)?, Scratch::new(None)?];
+        let ours = Ours::start(
+            folders[0].path(),
+            &disk.target()?,
+            &disk.options(&options.set),
+            options.front_poll_us,
+        )?;
+        let qemu = match options.peer {
+            cli::Peer::Qemu => Some(Qemu::start(folders[1].path(), disk)?),
+            cli::Peer::None => None,
+        };
+        Ok(Pair { disk, options, ours, qemu, _folders: folders })
+    }
+
+    /// How the peer's client does best: it has to choose, where our frontend adapts.
+    fn choose(&self, load: Load) -> Result<Option<Waiting>> {
+        let Some(qemu) = &self.qemu else { return Ok(None) };
+        let load = Load { seconds: TRIAL, ..load };
+        let polling = iops(&qemu.measure(load, Waiting::Polling)?);
+        let sleeping = iops(&qemu.measure(load, Waiting::Sleeping)?);
+        Ok(Some(if polling > sleeping { Waiting::Polling } else { Waiting::Sleeping }))
+    }
+
+    fn row(&self, op: Op, depth: u32) -> Result<Row> {
+        let span = self.disk.span()?;
+        let load = Load { op, depth, span, warm_up: WARM_UP, seconds: self.options.seconds };
+        let waiting = self.choose(load)?;
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..self.options.rounds.max(1) {
+            ours.push(self.ours.measure(load, None)?);
+            if let Some((qemu, waiting)) = self.qemu.as_ref().zip(waiting) {
+                theirs.push(qemu.measure(load, waiting)?);
+            }
+        }
+        let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(o, t)| iops(o) / iops(t)).collect();
+        Ok(Row {
+            disk: self.disk.name(),
+            op,
+            depth,
+            ringback: Side::of(&ours),
+            qemu: (!theirs.is_empty()).then(|| Side::of(&theirs)),
+            qemu_client: waiting,
+            ratio: (!ratios.is_empty()).then(|| median(ratios)),
+            aim: self.disk.aim(depth),
+        })
+    }
+}
+
+/// A device that is connected and has nothing to do.
+fn idle(options: &BenchBlk) -> Result {
+    let disk = Disk::Null { size: NULL_SIZE };
+    let folder = Scratch::new(None)?;
+    let ours = Ours::start(
+        folder.path(),
+        &disk.target()?,
+        &disk.options(&options.set),
+        options.front_poll_us,
+    )?;
+    let load = Load { op: Op::Read, depth: 32, span: NULL_SIZE, warm_up: WARM_UP, seconds: 0.2 };
+    let m = ours.measure(load, Some(options.seconds))?;
+    if options.json {
+        let document = serde_json::json!({
+            "schema": 1, "bench": "blk idle", "machine": machine(), "idle": m,
+        });
+        println!("{document}");
+    } else {
+        table::idle(&m);
+    }
+    Ok(ExitCode::SUCCESS)
+}

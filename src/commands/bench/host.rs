@@ -1,0 +1,181 @@
+//! Our side of `ringback bench blk`: a hypervisor, a backend and a guest, each a process of its
+//! own, as under `ringback run`.
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hypervisor::DomId;
+use hypervisor::core::domains::Kind;
+use hypervisor::embedded::{HYPERVISOR_SOCKET, Toolstack};
+use hypervisor::xenbus::toolstack::{self, Device};
+use hypervisor::xenbus::{DeviceId, Key};
+use serde::Serialize;
+
+use super::front::Plan;
+use super::load::{Load, Measured};
+
+/// The number of `xvda`.
+pub const DEVID: u32 = 51712;
+/// How long a process may take to be there.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A process that ends with this one.
+pub struct Held {
+    pub child: Child,
+    /// Its standard input: when it closes, the hypervisor ends.
+    pub hold: Option<ChildStdin>,
+}
+
+impl Held {
+    pub fn spawn(command: &mut Command) -> io::Result<Held> {
+        let mut child = command.spawn().map_err(|e| {
+            let program = command.get_program().to_string_lossy().into_owned();
+            io::Error::new(e.kind(), format!("{program}: {e}"))
+        })?;
+        let hold = child.stdin.take();
+        Ok(Held { child, hold })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.hold.take().is_some() {
+            // It ends by itself.
+            let ended = || !matches!(self.child.try_wait(), Ok(None));
+            if until("the end of a process", ended).is_ok() {
+                return;
+            }
+        }
+        // It fails where the process has ended by itself.
+        if let Err(e) = self.child.kill().and_then(|()| self.child.wait()) {
+            tracing::debug!("ending process {}: {e}", self.child.id());
+        }
+    }
+}
+
+/// Waits until `is` says so.
+pub fn until(what: &str, mut is: impl FnMut() -> bool) -> io::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while !is() {
+        if Instant::now() > end {
+            let text = format!("{what}: not within {} s", PATIENCE.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// This program, in quiet; it ends with this process.
+fn ourselves() -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.env("RINGBACK_LOG", "warn");
+    command.args(["--end-with", &std::process::id().to_string()]);
+    Ok(command)
+}
+
+/// Runs a process of ours that prints one measurement.
+pub fn measure(mut command: Command, stdin: Stdio) -> io::Result<Measured> {
+    let mut child = command.stdin(stdin).stdout(Stdio::piped()).spawn()?;
+    // The parent's copy of its standard input is in the command.
+    drop(command);
+    let mut text = String::new();
+    if let Some(mut out) = child.stdout.take() {
+        out.read_to_string(&mut text)?;
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        return Err(io::Error::other(format!("a measuring process ended with {status}")));
+    }
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// A disk that is served by a backend process of ours.
+pub struct Ours {
+    // Ended in this order.
+    backend: Held,
+    _keep: OwnedFd,
+    toolstack: Toolstack,
+    _hypervisor: Held,
+    domid: DomId,
+    run_dir: PathBuf,
+    poll_us: Option<u32>,
+}
+
+impl Ours {
+    /// Serves `target` with sockets in `folder`, which is removed at the end, with the knobs `options`; its
+    /// guests poll for `poll_us`.
+    pub fn start(
+        folder: &Path,
+        target: &str,
+        options: &str,
+        poll_us: Option<u32>,
+    ) -> io::Result<Ours> {
+        let run_dir = folder.join("run");
+        let mut command = ourselves()?;
+        command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(folder);
+        let hypervisor = Held::spawn(command.stdin(Stdio::piped()))?;
+        let socket = run_dir.join(HYPERVISOR_SOCKET);
+        until("the hypervisor's socket", || Toolstack::connect(&socket).is_ok())?;
+        let toolstack = Toolstack::connect(&socket)?;
+        let domid = toolstack.create_domain(None, Kind::Guest, "bench")?;
+        // The domain lives as long as this connection.
+        let keep = toolstack.connect_domain(domid)?;
+        let mut command = ourselves()?;
+        command.arg("--run-dir").arg(&run_dir).arg("--hypervisor").arg(&socket);
+        command.args(["backend", "blk", "--null-disks", "--domid", &domid.to_string()]);
+        let backend = Held::spawn(command.stdin(Stdio::null()))?;
+        let ours = Ours {
+            backend,
+            _keep: keep,
+            toolstack,
+            _hypervisor: hypervisor,
+            domid,
+            run_dir,
+            poll_us,
+        };
+        ours.attach(target, options)?;
+        Ok(ours)
+    }
+
+    fn attach(&self, target: &str, options: &str) -> io::Result<()> {
+        let keys = [
+            ("params", target),
+            ("script", blkback::SCRIPT),
+            ("mode", "w"),
+            ("hotplug-status", "connected"),
+            ("options", options),
+        ];
+        let key = |(key, value): (&str, &str)| -> Key { (key.to_owned(), value.to_owned()) };
+        let device = Device {
+            id: DeviceId { kind: "vbd", domid: self.domid, devid: DEVID },
+            backend: 0,
+            backend_keys: keys.into_iter().map(key).collect(),
+            frontend_keys: vec![key(("virtual-device", &DEVID.to_string()))],
+        };
+        toolstack::attach(&self.toolstack.store()?, &device)?;
+        Ok(())
+    }
+
+    fn plan(&self, load: Load, idle: Option<f64>) -> Plan {
+        let stats = self.run_dir.join(format!("{}/vbd-{DEVID}.stats", self.domid));
+        let (backend_pid, poll_us) = (self.backend.child.id(), self.poll_us);
+        Plan { devid: DEVID, load, backend_pid, stats, poll_us, idle }
+    }
+
+    /// One measurement by a new guest process of the same domain.
+    pub fn measure(&self, load: Load, idle: Option<f64>) -> io::Result<Measured> {
+        let domain = self.toolstack.connect_domain(self.domid)?;
+        measure(part("guest", &self.plan(load, idle))?, domain.into())
+    }
+}
+
+/// A process of this program that carries out a part of a bench.
+pub fn part(name: &str, plan: &impl Serialize) -> io::Result<Command> {
+    let mut command = ourselves()?;
+    command.args(["bench", name]).arg(serde_json::to_string(plan)?);
+    Ok(command)
+}

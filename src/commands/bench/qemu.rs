@@ -1,0 +1,68 @@
+//! The peer of `ringback bench blk`: QEMU's storage daemon, which exports a disk by
+//! vhost-user-blk.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::blk::Disk;
+use super::host::{Held, measure, part, until};
+use super::load::{Load, Measured};
+use super::peer::{Plan, Waiting};
+
+const PROGRAM: &str = "qemu-storage-daemon";
+
+/// A disk that QEMU serves.
+pub struct Qemu {
+    daemon: Held,
+    socket: PathBuf,
+}
+
+/// Its version, or what to install.
+pub fn version() -> io::Result<String> {
+    let output = Command::new(PROGRAM).arg("--version").output().map_err(|e| {
+        let text = format!("{PROGRAM}: {e}: install the package qemu-system-common or qemu-utils");
+        io::Error::new(e.kind(), text)
+    })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+impl Qemu {
+    /// Serves a disk with an iothread, one queue, and the same use of the page cache as ours.
+    pub fn start(folder: &Path, disk: &Disk) -> io::Result<Qemu> {
+        let socket = folder.join("qemu.sock");
+        let node = match disk {
+            // Without payload and without a wait, as our null disk.
+            Disk::Null { size } => {
+                format!("null-co,node-name=disk,size={size},read-zeroes=off,latency-ns=0")
+            }
+            Disk::File { path, cache } => {
+                let direct = if cache.is_direct() { "on" } else { "off" };
+                // A comma in a value is doubled.
+                let path = path.display().to_string().replace(',', ",,");
+                format!(
+                    "file,node-name=disk,filename={path},aio=io_uring,cache.direct={direct},\
+                     cache.no-flush=off,discard=unmap"
+                )
+            }
+        };
+        let address = socket.display().to_string().replace(',', ",,");
+        let export = format!(
+            "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={address},\
+             writable=on,num-queues=1,iothread=io"
+        );
+        let mut command = Command::new(PROGRAM);
+        command.args(["--object", "iothread,id=io", "--blockdev", &node, "--export", &export]);
+        let daemon = Held::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
+        until("QEMU's socket", || socket.exists())?;
+        Ok(Qemu { daemon, socket })
+    }
+
+    /// One measurement by a new client process.
+    pub fn measure(&self, load: Load, waiting: Waiting) -> io::Result<Measured> {
+        let pid = self.daemon.child.id();
+        let plan = Plan { socket: self.socket.clone(), load, waiting, backend_pid: pid };
+        measure(part("client", &plan)?, Stdio::null())
+    }
+}

@@ -1,0 +1,69 @@
+//! The figures as lines of text.
+
+use super::blk::{Row, Side};
+use super::load::{Measured, Op};
+use super::peer::Waiting;
+use crate::cli::BenchBlk;
+
+/// What the columns are.
+pub fn heading(options: &BenchBlk, peer: Option<&str>) {
+    println!(
+        "random 4 KiB requests, one queue; medians of {} rounds of {} s",
+        options.rounds.max(1),
+        options.seconds
+    );
+    if let Some(peer) = peer {
+        println!("beside {peer} with vhost-user-blk and the blkio crate's client");
+    }
+    println!(
+        "{:14} {:5} {:>5} {:9} {:>11} {:>13} {:>13} {:>13} {:>13}  ratio",
+        "disk", "op", "depth", "", "IOPS", "CPU s/M guest", "backend", "calls guest", "backend"
+    );
+}
+
+fn calls(n: Option<f64>) -> String {
+    n.map_or_else(|| "-".to_owned(), |n| format!("{n:.4}"))
+}
+
+fn side(name: &str, side: &Side) -> String {
+    format!(
+        "{name:9} {:11.0} {:13.3} {:13.3} {:>13} {:>13}",
+        side.iops,
+        side.guest_cpu_s_per_million,
+        side.backend_cpu_s_per_million,
+        calls(side.guest_calls),
+        calls(side.backend_calls)
+    )
+}
+
+/// One case.
+pub fn row(row: &Row) {
+    let op = match row.op {
+        Op::Read => "read",
+        Op::Write => "write",
+    };
+    println!("{:14} {op:5} {:5} {}", row.disk, row.depth, side("ringback", &row.ringback));
+    if let (Some(qemu), Some(ratio)) = (&row.qemu, row.ratio) {
+        let aim = row.aim.map_or(String::new(), |aim| format!(" (aim {aim})"));
+        let client = match row.qemu_client {
+            Some(Waiting::Polling) => "polling client",
+            _ => "sleeping client",
+        };
+        println!("{:26} {} {ratio:6.2}{aim}, {client}", "", side("qemu", qemu));
+    }
+}
+
+/// The idle device.
+pub fn idle(m: &Measured) {
+    println!("a connected device without work, for {} s:", m.seconds);
+    for (name, usage, calls) in
+        [("guest", m.guest, m.guest_calls), ("backend", m.backend, m.backend_calls)]
+    {
+        println!(
+            "{name:8} {:8.3} ms of CPU, {} sleeps, {} data path calls",
+            usage.cpu_ns as f64 / 1e6,
+            usage.sleeps,
+            calls.unwrap_or(0)
+        );
+    }
+}
