@@ -202,52 +202,47 @@ impl<A: Abi> Queue<A> {
     fn sleep(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
         // What is disabled stays readable, and would let nobody sleep any more.
         let own = if self.shared.stage() == Stage::Broken { 0 } else { 2 };
-        let event = self.channel.as_fd();
-        let all = |i: usize| match i {
-            0 if own > 0 => event,
-            1 if own > 0 => self.shared.wake(),
-            _ => fds.get(i - own).copied().unwrap_or(event),
-        };
-        let mut polls: [PollFd<'_>; MAX_FDS + 2] =
-            std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
-        let polls = &mut polls[..fds.len() + own];
         let limit = timeout.and_then(|t| Timespec::try_from(t).ok());
         self.counters.sleeps.add(1);
         let before = Instant::now();
-        match poll(polls, limit.as_ref()) {
-            Ok(_) => {}
+        // Most sleep for the ring alone, and a long list takes as long to make as the call.
+        let woken = match fds.len() {
+            0 => self.poll_fds::<2>(own, fds, limit.as_ref()),
+            _ => self.poll_fds::<{ MAX_FDS + 2 }>(own, fds, limit.as_ref()),
+        };
+        let bits = match woken {
+            Ok(bits) => bits,
             Err(Errno::INTR) => return Ok(0),
             Err(e) => return Err(e.into()),
         };
         self.poller.slept(before.elapsed().as_nanos() as u64);
-        let hit = |p: &PollFd<'_>| !p.revents().is_empty();
-        let bits = polls[own..].iter().enumerate();
-        let bits = bits.filter(|(_, p)| hit(p)).fold(0, |bits, (at, _)| bits | 1 << at);
-        if own > 0 && hit(&polls[0]) {
+        if own > 0 && bits & 1 != 0 {
             match self.channel.acknowledge() {
                 Ok(true) => self.ring.woken(),
                 Ok(false) => {}
                 Err(e) => self.shared.fail(format!("{}: event channel: {e}", self.name)),
             }
         }
-        Ok((bits >> 2) as u64)
+        Ok((bits >> own) as u64)
     }
 
-    /// A bit each for the port, the device's news, and each of `fds`, in a list of `N`.
+    /// A bit each for the port and the device's news (`own` of them), and for each of `fds`, in
+    /// a list of `N`.
     fn poll_fds<const N: usize>(
         &self,
+        own: usize,
         fds: &[BorrowedFd<'_>],
         limit: Option<&Timespec>,
     ) -> Result<u128, Errno> {
         let event = self.channel.as_fd();
         let all = |i: usize| match i {
-            0 => event,
-            1 => self.shared.wake(),
-            _ => fds.get(i - 2).copied().unwrap_or(event),
+            0 if own > 0 => event,
+            1 if own > 0 => self.shared.wake(),
+            _ => fds.get(i - own).copied().unwrap_or(event),
         };
         let mut polls: [PollFd<'_>; N] =
             std::array::from_fn(|i| PollFd::from_borrowed_fd(all(i), PollFlags::IN));
-        let polls = &mut polls[..fds.len() + 2];
+        let polls = &mut polls[..fds.len() + own];
         poll(polls, limit)?;
         let hits = polls.iter().enumerate().filter(|(_, p)| !p.revents().is_empty());
         Ok(hits.fold(0, |bits, (at, _)| bits | 1 << at))

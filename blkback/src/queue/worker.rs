@@ -113,8 +113,8 @@ pub(super) struct Run {
     barrier: bool,
     unpublished: u32,
     spurious: u32,
-    /// The event that ended the last sleep was counted and is still to be acknowledged.
-    woken: bool,
+    /// The port has an event that is not acknowledged.
+    rung: bool,
     changes: u64,
     segments: Vec<Segment>,
     page: Vec<u8>,
@@ -135,7 +135,7 @@ impl Run {
             barrier: false,
             unpublished: 0,
             spurious: 0,
-            woken: false,
+            rung: false,
             changes: 0,
             segments: Vec::with_capacity(segments),
             page: vec![0; rings::PAGE_SIZE],
@@ -509,8 +509,9 @@ impl<A: Abi> Worker<A> {
             self.disk.wait(&[self.shared.wake()], Some(BACK_OFF))?;
         }
         // Only now, after the ring's work: the port stays masked while the queue works.
-        if self.channel.acknowledge().map_err(|e| self.channel_fault(&e))? {
-            self.ring.woken();
+        // And only where it has rung: on a busy ring most sleeps end by the disk.
+        if std::mem::take(&mut self.run.rung) {
+            self.channel.acknowledge().map_err(|e| self.channel_fault(&e))?;
         }
         if self.ring.arm().map_err(|e| self.corrupt(&e))? == Pending::Work {
             return Ok(());
@@ -525,7 +526,7 @@ impl<A: Abi> Worker<A> {
         self.poller.slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
-            self.run.woken = true;
+            self.run.rung = true;
             self.ring.woken();
         }
         if ready & 2 != 0 {

@@ -59,8 +59,7 @@ impl<A: Abi> Queue<A> {
         let flush_after = r.op == Op::WriteFua && self.flush_op().is_some();
         let job = &mut self.jobs[number as usize];
         job.bufs.clear();
-        job.bufs.extend_from_slice(r.bufs);
-        job.bufs.retain(|b| !b.is_empty());
+        job.bufs.extend(r.bufs.iter().filter(|b| !b.is_empty()));
         (job.used, job.op, job.token, job.payload) = (true, r.op, r.token, payload);
         (job.offset, job.len, job.issued) = (r.offset, r.len, 0);
         (job.calls, job.errno) = (0, 0);
