@@ -234,7 +234,7 @@ fn xsa_155_double_fetch_of_indirect_pages() {
         });
         assert!(tally.is_mixed() && tally.unsupported == 0, "{tally:?}");
         let range = FIRST as usize * 512..FIRST as usize * 512 + 16 * 4096;
-        scene.image.verify_except(std::slice::from_ref(&range)).unwrap();
+        scene.image.verify_but(range.clone()).unwrap();
         made_of(&scene, range.clone(), &contents);
         drop((queue, data, table));
         let mut scene = scene;
@@ -265,7 +265,7 @@ fn a_payload_that_changes_stays_in_its_range() {
         rewriter.join().unwrap();
     });
     let range = SECOND as usize * 512..SECOND as usize * 512 + 4 * 4096;
-    scene.image.verify_except(std::slice::from_ref(&range)).unwrap();
+    scene.image.verify_but(range.clone()).unwrap();
     drop((queue, data));
     let mut scene = scene;
     let now = scene.image.bytes(range.clone());

@@ -7,10 +7,12 @@ use blkback::proto::{
     X86_64,
 };
 use hypervisor::GrantedPages;
+use zerocopy::FromBytes;
 
 use crate::guest::{
-    PERSISTENT, PLAIN, Queue, Wish, direct_n, indirect, put_table, read, whole, write,
+    PERSISTENT, PLAIN, Queue, Raw, Wish, direct_n, indirect, put_table, read, whole, write,
 };
+use crate::image::patterned;
 use crate::scene::{SECTORS, Scene};
 
 /// Pages of the attacker: 32 of data, then one with a good table of 32 segments.
@@ -63,7 +65,7 @@ fn all(cases: impl Fn(&Pages) -> Vec<Case>) {
         scene.image.verify().unwrap();
         let page = scene.domain.pages(1);
         queue.works(&*page, 16);
-        scene.image.wrote(16 * 512, &crate::image::patterned(16, 4096));
+        scene.image.wrote(16 * 512, &patterned(16, 4096));
         drop((queue, page, pages));
         scene.finish();
     }
@@ -245,7 +247,7 @@ fn a_ring_full_of_nonsense() {
             let mut open = std::collections::HashMap::new();
             for n in 0..u64::from(slots) {
                 let mut raw = X86_64::encode(&Request { id: n, handle: 0, body: Body::Unknown(0) });
-                let noise = crate::image::patterned(round * 1000 + n, 112);
+                let noise = patterned(round * 1000 + n, 112);
                 let word = |at: usize| u64::from_le_bytes(noise[at..at + 8].try_into().unwrap());
                 // Only operations that cannot write where the noise happens to be right.
                 raw.operation = noise[0] | 8;
@@ -264,5 +266,51 @@ fn a_ring_full_of_nonsense() {
         }
     });
     drop(queue);
+    scene.finish();
+}
+
+/// Slots of any bytes at all: each is answered once, with its id and operation.
+#[test]
+fn slots_of_noise() {
+    let scene = Scene::start();
+    let mut queue: Queue = scene.connect(Wish { order: 2, persistent: true, ..PLAIN });
+    let pages = Pages::new(&scene);
+    let slots = u64::from(queue.ring.slots());
+    let mut statuses = std::collections::BTreeMap::new();
+    scene.during(|| {
+        for round in 0..40u64 {
+            let mut open = std::collections::HashMap::new();
+            for n in 0..slots {
+                let noise = patterned(round * 1000 + n, 112);
+                let mut raw = Raw::read_from_bytes(&noise).unwrap();
+                raw.id = n.into();
+                // Near enough to right to get far.
+                raw.operation = noise[90] % 8;
+                raw.nr_segments = noise[91] % 13;
+                raw.sector_number = (u64::from(noise[92]) * 40).into();
+                for (s, piece) in raw.seg.iter_mut().enumerate() {
+                    let page = usize::from(piece.gref.get() as u8) % 33;
+                    piece.gref = pages.memory.refs()[page].into();
+                    (piece.first_sect, piece.last_sect) = (noise[s] % 5, 3 + noise[s + 20] % 6);
+                }
+                let echo = if raw.operation == 6 { raw.nr_segments } else { raw.operation };
+                open.insert(n, echo);
+                queue.ring.push(&raw).unwrap();
+            }
+            queue.publish();
+            for _ in 0..slots {
+                let answer = queue.answer();
+                assert_eq!(open.remove(&answer.id), Some(answer.operation), "{answer:?}");
+                *statuses.entry(answer.status).or_insert(0) += 1;
+            }
+        }
+    });
+    let seen: Vec<i16> = statuses.keys().copied().collect();
+    assert_eq!(seen, [RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY], "{statuses:?}");
+    drop((queue, pages));
+    let mut scene = scene;
+    // It was its own disk to spoil.
+    let now = scene.image.bytes(0..crate::scene::BYTES);
+    scene.image.wrote(0, &now);
     scene.finish();
 }

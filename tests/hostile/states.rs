@@ -33,7 +33,7 @@ fn flap(states: &[&str]) {
         }
     });
     let logged = lines() - before;
-    println!("{writes} writes, {logged} lines in the log");
+    eprintln!("{writes} writes, {logged} lines in the log");
     assert!(threads <= 2, "{threads} threads of one device with one queue");
     assert!(logged < LINES, "{logged} lines in the log by one guest");
     drop(queues);

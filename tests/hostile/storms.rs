@@ -33,7 +33,7 @@ fn xsa_332_an_event_storm_costs_the_backend_little() {
         }
         share(scene.rig.process().cpu(&name) - before, start.elapsed())
     });
-    println!("{events} events, the queue's thread took {percent} % of a processor");
+    eprintln!("{events} events, the queue's thread took {percent} % of a processor");
     assert!(events > 10_000, "no storm: {events} events");
     assert!(percent < 50, "the queue's thread took {percent} % of a processor");
     let mut queue = queue;
@@ -89,7 +89,7 @@ fn xsa_349_a_flood_of_watch_events_costs_no_memory() {
             most = most.max(scene.rig.process().resident());
         }
     });
-    println!("{written} writes, {before} KiB before, {most} KiB at most");
+    eprintln!("{written} writes, {before} KiB before, {most} KiB at most");
     assert!(written > 500, "no flood: {written} writes");
     assert!(most < before + 8 * 1024, "from {before} to {most} KiB by {written} writes");
     assert_eq!(queue.ask(read(0, &[whole(page.refs()[0])])), RSP_OKAY, "the device went on");

@@ -54,7 +54,9 @@ fn model(raw: &[u8], o: &Offsets, limits: &Limits, tables: &[u8]) -> Verdict {
     let fits = |count: u128| {
         let block = u128::from(limits.block_size / 512);
         let end = u128::from(sector) + count;
-        end <= u128::from(limits.sectors) && u128::from(sector) % block == 0 && count % block == 0
+        end <= u128::from(limits.sectors)
+            && u128::from(sector).is_multiple_of(block)
+            && count.is_multiple_of(block)
     };
     let segments = |list: &[u8], op: u8| {
         let mut pieces = Vec::new();
