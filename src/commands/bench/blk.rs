@@ -253,6 +253,12 @@ struct Pair<'a> {
 
 impl<'a> Pair<'a> {
     fn start(disk: &'a Disk, options: &'a BenchBlk) -> Result<Pair<'a>> {
+        if let Disk::File { path, peers, .. } = disk {
+            // What the last disk's writes left is not to be written during this one's turn.
+            for file in [path, peers].into_iter().filter(|file| file.exists()) {
+                std::fs::File::open(file)?.sync_all()?;
+            }
+        }
         let folders = [Scratch::new(None)?, Scratch::new(None)?];
         host::place(options.place, End::Backend)?;
         let ours = Ours::start(folders[0].path(), &served(disk, options)?)?;
