@@ -161,6 +161,14 @@ pub enum Peer {
     None,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Placement {
+    /// Wherever the kernel likes.
+    Free,
+    /// Backends, ours and the peer's, on processor 0; guests and clients on processor 1.
+    Pinned,
+}
+
 #[derive(Args)]
 pub struct BenchBlk {
     /// Print one JSON document.
@@ -188,6 +196,9 @@ pub struct BenchBlk {
     /// How long our frontend polls before it sleeps, in microseconds.
     #[arg(long, value_name = "US")]
     pub front_poll_us: Option<u32>,
+    /// Where the processes run.
+    #[arg(long, value_enum, default_value = "free")]
+    pub place: Placement,
     /// Show instead what a connected device costs that has nothing to do.
     #[arg(long, conflicts_with_all = ["peer", "rounds"])]
     pub idle: bool,

@@ -55,10 +55,16 @@ impl Poller {
         }
     }
 
+    /// Whether it polls at present before it sleeps.
+    #[inline]
+    pub(crate) fn is_on(&self) -> bool {
+        self.budget > 0 && self.pause == 0
+    }
+
     /// There was none: whether to look again at once.
     #[inline]
     pub(crate) fn spin(&mut self, _counters: &QueueCounters) -> bool {
-        if self.budget == 0 || self.pause > 0 {
+        if !self.is_on() {
             return false;
         }
         std::hint::spin_loop();

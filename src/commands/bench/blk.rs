@@ -5,14 +5,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use blktap::storage::Access;
 use serde::Serialize;
 
-use super::host::Ours;
+use super::host::{self, End, Ours, Served};
 use super::load::{Load, Measured, Op};
 use super::peer::Waiting;
 use super::qemu::{self, Qemu};
 use super::{Result, Scratch, machine, median, peer, table};
-use crate::cli::{self, BenchBlk};
+use crate::cli::{self, BenchBlk, Placement};
 
 /// Bytes of the null disk.
 const NULL_SIZE: u64 = 1 << 40;
@@ -43,8 +44,8 @@ impl Caching {
 pub enum Disk {
     /// It does nothing and touches no payload.
     Null { size: u64 },
-    /// A raw file.
-    File { path: PathBuf, cache: Caching },
+    /// A raw file, and one like it for the peer: each locks its own.
+    File { path: PathBuf, peers: PathBuf, cache: Caching, access: Access },
 }
 
 impl Disk {
@@ -63,6 +64,12 @@ impl Disk {
                 let text = path.to_str().ok_or("the path is not UTF-8")?;
                 Ok(format!("raw:{text}"))
             }
+        }
+    }
+    pub fn access(&self) -> Access {
+        match self {
+            Disk::Null { .. } => Access::ReadWrite,
+            Disk::File { access, .. } => *access,
         }
     }
     fn options(&self, more: &[String]) -> String {
@@ -180,7 +187,7 @@ pub fn run(options: &BenchBlk) -> Result {
     if options.json {
         let document = serde_json::json!({
             "schema": 1, "bench": "blk", "machine": machine(), "qemu": version,
-            "seconds": options.seconds, "rounds": options.rounds, "rows": rows,
+            "pinned": options.place == Placement::Pinned, "seconds": options.seconds, "rounds": options.rounds, "rows": rows,
         });
         println!("{document}");
     }
@@ -190,14 +197,19 @@ pub fn run(options: &BenchBlk) -> Result {
 /// The disks to measure, and what is done to them.
 fn disks(options: &BenchBlk, place: &Path) -> Result<(Vec<Disk>, Vec<Op>)> {
     let null = Disk::Null { size: NULL_SIZE };
-    let both = |path: &Path| {
-        [Caching::Cached, Caching::Direct].map(|cache| Disk::File { path: path.to_owned(), cache })
+    let both = |path: &Path, peers: &Path, access| {
+        let (path, peers) = (path.to_owned(), peers.to_owned());
+        let file = |cache| Disk::File { path: path.clone(), peers: peers.clone(), cache, access };
+        [Caching::Cached, Caching::Direct].map(file)
     };
     if options.disk.is_empty() {
-        let path = place.join("disk");
+        let (path, peers) = (place.join("ours"), place.join("theirs"));
         make_file(&path)?;
-        let disks = std::iter::once(null).chain(both(&path)).collect();
-        return Ok((disks, vec![Op::Read, Op::Write]));
+        if options.peer != cli::Peer::None {
+            make_file(&peers)?;
+        }
+        let files = both(&path, &peers, Access::ReadWrite);
+        return Ok((std::iter::once(null).chain(files).collect(), vec![Op::Read, Op::Write]));
     }
     let mut disks = Vec::new();
     let mut ops = vec![Op::Read, Op::Write];
@@ -208,9 +220,19 @@ fn disks(options: &BenchBlk, place: &Path) -> Result<(Vec<Disk>, Vec<Op>)> {
         }
         // Somebody's file is only read.
         ops.truncate(1);
-        disks.extend(both(named));
+        disks.extend(both(named, named, Access::ReadOnly));
     }
     Ok((disks, ops))
+}
+
+/// How our backend is to serve a disk.
+fn served(disk: &Disk, options: &BenchBlk) -> Result<Served> {
+    Ok(Served {
+        target: disk.target()?,
+        access: disk.access(),
+        options: disk.options(&options.set),
+        poll_us: options.front_poll_us,
+    })
 }
 
 /// A file without holes, in the page cache.
@@ -231,17 +253,21 @@ struct Pair<'a> {
 
 impl<'a> Pair<'a> {
     fn start(disk: &'a Disk, options: &'a BenchBlk) -> Result<Pair<'a>> {
+        if let Disk::File { path, peers, .. } = disk {
+            // What the last disk's writes left is not to be written during this one's turn.
+            for file in [path, peers].into_iter().filter(|file| file.exists()) {
+                std::fs::File::open(file)?.sync_all()?;
+            }
+        }
         let folders = [Scratch::new(None)?, Scratch::new(None)?];
-        let ours = Ours::start(
-            folders[0].path(),
-            &disk.target()?,
-            &disk.options(&options.set),
-            options.front_poll_us,
-        )?;
+        host::place(options.place, End::Backend)?;
+        let ours = Ours::start(folders[0].path(), &served(disk, options)?)?;
         let qemu = match options.peer {
             cli::Peer::Qemu => Some(Qemu::start(folders[1].path(), disk)?),
             cli::Peer::None => None,
         };
+        // The guests and clients that will be started.
+        host::place(options.place, End::Guest)?;
         Ok(Pair { disk, options, ours, qemu, _folders: folders })
     }
 
@@ -283,12 +309,7 @@ impl<'a> Pair<'a> {
 fn idle(options: &BenchBlk) -> Result {
     let disk = Disk::Null { size: NULL_SIZE };
     let folder = Scratch::new(None)?;
-    let ours = Ours::start(
-        folder.path(),
-        &disk.target()?,
-        &disk.options(&options.set),
-        options.front_poll_us,
-    )?;
+    let ours = Ours::start(folder.path(), &served(&disk, options)?)?;
     let load = Load { op: Op::Read, depth: 32, span: NULL_SIZE, warm_up: WARM_UP, seconds: 0.2 };
     let m = ours.measure(load, Some(options.seconds))?;
     if options.json {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blktap::storage::Access;
 use hypervisor::DomId;
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{HYPERVISOR_SOCKET, Toolstack};
@@ -16,6 +17,7 @@ use serde::Serialize;
 
 use super::front::Plan;
 use super::load::{Load, Measured};
+use crate::cli::Placement;
 
 /// The number of `xvda`.
 pub const DEVID: u32 = 51712;
@@ -56,6 +58,27 @@ impl Drop for Held {
     }
 }
 
+/// Which end of the ring a process is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Guest,
+    Backend,
+}
+
+/// Binds this thread, and so what it starts from now on, to the processor of one end.
+pub fn place(placement: Placement, end: End) -> io::Result<()> {
+    if placement == Placement::Free {
+        return Ok(());
+    }
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(match end {
+        End::Backend => 0,
+        End::Guest => 1,
+    });
+    rustix::thread::sched_setaffinity(None, &set)
+        .map_err(|e| io::Error::other(format!("--place pinned: two processors are needed: {e}")))
+}
+
 /// Waits until `is` says so.
 pub fn until(what: &str, mut is: impl FnMut() -> bool) -> io::Result<()> {
     let end = Instant::now() + PATIENCE;
@@ -93,6 +116,17 @@ pub fn measure(mut command: Command, stdin: Stdio) -> io::Result<Measured> {
     Ok(serde_json::from_str(&text)?)
 }
 
+/// What our backend is to serve.
+pub struct Served {
+    /// FORMAT:TARGET.
+    pub target: String,
+    pub access: Access,
+    /// The backend's knobs.
+    pub options: String,
+    /// How long the guest's side polls, where it is not the default.
+    pub poll_us: Option<u32>,
+}
+
 /// A disk that is served by a backend process of ours.
 pub struct Ours {
     // Ended in this order.
@@ -106,14 +140,8 @@ pub struct Ours {
 }
 
 impl Ours {
-    /// Serves `target` with sockets in `folder`, which is removed at the end, with the knobs `options`; its
-    /// guests poll for `poll_us`.
-    pub fn start(
-        folder: &Path,
-        target: &str,
-        options: &str,
-        poll_us: Option<u32>,
-    ) -> io::Result<Ours> {
+    /// Starts the processes, with sockets in `folder`, which is removed at the end.
+    pub fn start(folder: &Path, served: &Served) -> io::Result<Ours> {
         let run_dir = folder.join("run");
         let mut command = ourselves()?;
         command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(folder);
@@ -128,6 +156,7 @@ impl Ours {
         command.arg("--run-dir").arg(&run_dir).arg("--hypervisor").arg(&socket);
         command.args(["backend", "blk", "--null-disks", "--domid", &domid.to_string()]);
         let backend = Held::spawn(command.stdin(Stdio::null()))?;
+        let poll_us = served.poll_us;
         let ours = Ours {
             backend,
             _keep: keep,
@@ -137,17 +166,18 @@ impl Ours {
             run_dir,
             poll_us,
         };
-        ours.attach(target, options)?;
+        ours.attach(served)?;
         Ok(ours)
     }
 
-    fn attach(&self, target: &str, options: &str) -> io::Result<()> {
+    fn attach(&self, served: &Served) -> io::Result<()> {
+        let mode = if served.access == Access::ReadWrite { "w" } else { "r" };
         let keys = [
-            ("params", target),
+            ("params", served.target.as_str()),
             ("script", blkback::SCRIPT),
-            ("mode", "w"),
+            ("mode", mode),
             ("hotplug-status", "connected"),
-            ("options", options),
+            ("options", served.options.as_str()),
         ];
         let key = |(key, value): (&str, &str)| -> Key { (key.to_owned(), value.to_owned()) };
         let device = Device {

@@ -22,6 +22,7 @@ pub enum Waiting {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Plan {
     pub socket: PathBuf,
+    pub read_only: bool,
     pub load: Load,
     pub waiting: Waiting,
     pub backend_pid: u32,
@@ -107,6 +108,7 @@ mod client {
     fn connect(plan: &Plan) -> Result<(Blkio, Blkioq, MemoryRegion), blkio::Error> {
         let mut disk = Blkio::new("virtio-blk-vhost-user")?;
         disk.set_str("path", &plan.socket.display().to_string())?;
+        disk.set_bool("read-only", plan.read_only)?;
         disk.connect()?;
         let polling = plan.waiting == Waiting::Polling;
         disk.set_i32("num-queues", i32::from(!polling))?;

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use blktap::storage::Access;
+
 use super::blk::Disk;
 use super::host::{Held, measure, part, until};
 use super::load::{Load, Measured};
@@ -16,6 +18,7 @@ const PROGRAM: &str = "qemu-storage-daemon";
 pub struct Qemu {
     daemon: Held,
     socket: PathBuf,
+    access: Access,
 }
 
 /// Its version, or what to install.
@@ -37,32 +40,36 @@ impl Qemu {
             Disk::Null { size } => {
                 format!("null-co,node-name=disk,size={size},read-zeroes=off,latency-ns=0")
             }
-            Disk::File { path, cache } => {
+            Disk::File { peers: path, cache, access, .. } => {
+                let read_only = if *access == Access::ReadOnly { "on" } else { "off" };
                 let direct = if cache.is_direct() { "on" } else { "off" };
                 // A comma in a value is doubled.
                 let path = path.display().to_string().replace(',', ",,");
                 format!(
                     "file,node-name=disk,filename={path},aio=io_uring,cache.direct={direct},\
-                     cache.no-flush=off,discard=unmap"
+                     cache.no-flush=off,discard=unmap,read-only={read_only}"
                 )
             }
         };
         let address = socket.display().to_string().replace(',', ",,");
+        let writable = if disk.access() == Access::ReadWrite { "on" } else { "off" };
         let export = format!(
             "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={address},\
-             writable=on,num-queues=1,iothread=io"
+             writable={writable},num-queues=1,iothread=io"
         );
         let mut command = Command::new(PROGRAM);
         command.args(["--object", "iothread,id=io", "--blockdev", &node, "--export", &export]);
         let daemon = Held::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()))?;
         until("QEMU's socket", || socket.exists())?;
-        Ok(Qemu { daemon, socket })
+        Ok(Qemu { daemon, socket, access: disk.access() })
     }
 
     /// One measurement by a new client process.
     pub fn measure(&self, load: Load, waiting: Waiting) -> io::Result<Measured> {
         let pid = self.daemon.child.id();
-        let plan = Plan { socket: self.socket.clone(), load, waiting, backend_pid: pid };
+        let read_only = self.access == Access::ReadOnly;
+        let socket = self.socket.clone();
+        let plan = Plan { socket, read_only, load, waiting, backend_pid: pid };
         measure(part("client", &plan)?, Stdio::null())
     }
 }
