@@ -161,10 +161,7 @@ impl Queue {
             poller: Poller::new(config.poll_us),
             run: Run::new(size, segments),
         };
-        let cpu = match config.cpus.as_slice() {
-            [] => None,
-            cpus => Some(cpus[start.number as usize % cpus.len()]),
-        };
+        let cpu = cpu_of(config, start.number);
         let (tid, faults) = (Arc::new(AtomicU64::new(0)), start.faults);
         let seen = tid.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
@@ -224,6 +221,14 @@ impl Drop for Queue {
         {
             tracing::error!("a queue's thread panicked");
         }
+    }
+}
+
+/// The processor for a queue's thread, if any was asked for.
+fn cpu_of(config: &Config, number: u32) -> Option<u32> {
+    match config.cpus.as_slice() {
+        [] => None,
+        cpus => Some(cpus[number as usize % cpus.len()]),
     }
 }
 

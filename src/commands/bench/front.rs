@@ -97,9 +97,10 @@ pub fn run(plan: &Plan) -> io::Result<Measured> {
     let depth = plan.load.depth;
     let queue = front.queue(depth)?;
     let memory = front.buffer(depth as usize * BLOCK as usize)?;
-    // SAFETY: within the buffer, which outlives the queue's use of it in this function.
     let buf = |n: u32| {
-        [unsafe { IoBuf::new(memory.base().add((n as u64 * BLOCK) as usize), BLOCK as usize) }]
+        let at = (n as u64 * BLOCK) as usize;
+        // SAFETY: within the buffer, which outlives the queue's use of it in this function.
+        [unsafe { IoBuf::new(memory.base().add(at), BLOCK as usize) }]
     };
     let bufs = (0..depth).map(buf).collect();
     let done = Vec::with_capacity(depth as usize);
