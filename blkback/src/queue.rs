@@ -41,6 +41,16 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    fn new(config: &Config, sectors: u64) -> io::Result<Shared> {
+        Ok(Shared {
+            stop: AtomicBool::new(false),
+            flush: AtomicBool::new(false),
+            sectors: AtomicU64::new(sectors),
+            knobs: Mutex::new(config.clone()),
+            changes: AtomicU64::new(0),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
     fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
     }
@@ -131,14 +141,7 @@ impl Queue {
         }
         let segments =
             (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
-        let shared = Arc::new(Shared {
-            stop: AtomicBool::new(false),
-            flush: AtomicBool::new(false),
-            sectors: AtomicU64::new(start.limits.sectors),
-            knobs: Mutex::new(config.clone()),
-            changes: AtomicU64::new(0),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        });
+        let shared = Arc::new(Shared::new(config, start.limits.sectors)?);
         let mut disk = start.disk.queue(size as u32)?;
         disk.count_in(start.engine_counters);
         let worker = Worker {
