@@ -57,7 +57,7 @@ impl Poller {
 
     /// Whether it polls at present before it sleeps.
     #[inline]
-    pub(crate) fn is_on(&self) -> bool {
+    fn is_on(&self) -> bool {
         self.budget > 0 && self.pause == 0
     }
 
