@@ -7,6 +7,7 @@ mod worker;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -172,7 +173,10 @@ impl Queue {
             if let Err(e) = cpu.map_or(Ok(()), bind_to) {
                 tracing::warn!("{}: cannot bind to processor: {e}", worker.name);
             }
-            if let Err(fault) = worker.run() {
+            // A panic is a bug of ours; without a report the guest would wait for ever.
+            let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
+            let result = ended.unwrap_or_else(|_| Err(Fault("a queue's thread panicked".into())));
+            if let Err(fault) = result {
                 faults.report(fault);
             }
         })?;
