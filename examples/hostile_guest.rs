@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use blkback::frontend::handshake::{Chosen, KeySet, Node};
-use blkback::negotiate::{Protocol, QueueKeys};
+use blkback::negotiate::{Accepted, Protocol, QueueKeys};
 use blkback::proto::{Abi, X86_64};
 use blkback::proto::{Body, DirectOp, MAX_SEGMENTS, RSP_ERROR, RSP_OKAY, Request, Ring, Segment};
 use blkback::{BlkFront, FrontOptions};
@@ -54,7 +54,8 @@ impl Attacker {
         let channel = xen.alloc_unbound(node.backend)?;
         let queue = QueueKeys { ring_refs: memory.refs().into(), port: channel.port() };
         let (protocol, keys) = (Protocol::X86_64, KeySet::All);
-        Chosen { protocol, persistent: true, queues: vec![queue], keys }.write(&store, &node)?;
+        let accepted = Accepted { protocol, persistent: true, queues: vec![queue] };
+        Chosen { accepted, keys }.write(&store, &node)?;
         node.wait_backend(&store, PATIENCE, |s| s == State::Connected)?;
         node.set_state(&store, State::Connected)?;
         Ok(Attacker { xen, store, node, memory, ring, channel, next: 1 })

@@ -28,9 +28,9 @@ use rings::{PAGE_SIZE, RingCounters};
 
 use crate::config::GrantMode;
 use crate::counters::QueueCounters;
-use crate::negotiate::{Protocol, QueueKeys};
+use crate::negotiate::{Accepted, Protocol, QueueKeys};
 use crate::proto::{Native, SEGMENTS_PER_PAGE, X86_32, X86_64};
-use handshake::{Chosen, DiskInfo, KeySet, Node, Offered};
+use handshake::{Chosen, DiskInfo, KeySet, Node};
 use pages::Region;
 use queue::{AnyQueue, Parts, Queue};
 use shared::{Shared, Stage};
@@ -155,7 +155,7 @@ impl BlkFront {
             node.set_state(&store, State::Initialising)?;
         }
         node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
-        let offered = Offered::read(&store, &node)?;
+        let offered = node.offer(&store).map_err(io::Error::other)?;
         let essential = options.keys == KeySet::Essential;
         let limit = |n: u32, plain: u32| if essential { plain } else { n };
         let queues = limit(offered.max_queues.min(options.max_queues).max(1), 1);
@@ -168,12 +168,12 @@ impl BlkFront {
         let keys = raws
             .iter()
             .map(|raw| QueueKeys { ring_refs: raw.ring.refs().to_vec(), port: raw.channel.port() });
-        let chosen = Chosen {
+        let accepted = Accepted {
             protocol: options.protocol,
             persistent: offered.persistent && options.grants == GrantMode::Persistent && !essential,
             queues: keys.collect(),
-            keys: options.keys,
         };
+        let chosen = Chosen { accepted, keys: options.keys };
         // The rings must be empty rings before the backend maps them.
         raws.iter().try_for_each(|raw| raw.empty(options.protocol))?;
         let info = introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
@@ -213,8 +213,8 @@ impl BlkFront {
         &self.device.shared.info
     }
     /// What was agreed on.
-    pub fn chosen(&self) -> &Chosen {
-        &self.device.chosen
+    pub fn chosen(&self) -> &Accepted {
+        &self.device.chosen.accepted
     }
     /// How many queues there are.
     pub fn queues(&self) -> usize {
@@ -377,14 +377,14 @@ impl Drop for Device {
 impl Disk for BlkFront {
     fn geometry(&self) -> Geometry {
         let (shared, info) = (&self.device.shared, &self.device.shared.info);
-        let block = u64::from(info.sector_size);
+        let block = u64::from(info.disk.logical_block);
         Geometry {
             size: shared.sectors() * 512 / block * block,
-            logical_block: info.sector_size,
-            physical_block: info.physical_sector_size,
+            logical_block: info.disk.logical_block,
+            physical_block: info.disk.physical_block,
             memory_align: 1,
-            discard: info.discard.filter(|_| !info.is_read_only()),
-            secure_discard: info.secure_discard,
+            discard: info.disk.discard.filter(|_| !info.is_read_only()),
+            secure_discard: info.disk.secure_discard,
             read_only: info.is_read_only(),
         }
     }

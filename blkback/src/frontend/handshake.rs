@@ -10,8 +10,8 @@ use hypervisor::DomId;
 use hypervisor::store::{Client, Error, Tx, Watched};
 use hypervisor::xenbus::{Key, State};
 
-use crate::negotiate::{Protocol, QueueKeys};
-use crate::proto::{Abi, Native, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE, X86_32, X86_64};
+use crate::negotiate::{Accepted, DiskKeys, Offer, Unusable};
+use crate::proto::SECTOR;
 
 /// How often a state is looked at even if no watch fires.
 const LOOK: Duration = Duration::from_millis(100);
@@ -95,9 +95,18 @@ impl Node {
         }
     }
 
-    fn number(&self, store: &Client, key: &str) -> Result<Option<u64>, Error> {
-        let text = store.get(&format!("{}/{key}", self.back))?;
-        Ok(text.and_then(|text| text.trim().parse().ok()))
+    /// What the backend offers; it must be in state 2 or beyond.
+    pub fn offer(&self, store: &Client) -> Result<Offer, Unusable> {
+        Offer::read(|key| self.back_key(store, key))
+    }
+
+    /// What the backend says of its disk; it must be in state 4.
+    fn disk(&self, store: &Client) -> Result<DiskKeys, Unusable> {
+        DiskKeys::read(|key| self.back_key(store, key))
+    }
+
+    fn back_key(&self, store: &Client, key: &str) -> Option<String> {
+        store.get(&format!("{}/{key}", self.back)).ok().flatten()
     }
 }
 
@@ -106,38 +115,6 @@ pub(super) fn bell(store: &Client, limit: Duration) -> bool {
     match store.inbox().bell().recv_timeout(limit) {
         Ok(()) => true,
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => false,
-    }
-}
-
-/// What a backend offers before rings are made; what it does not say is not offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Offered {
-    /// `feature-persistent`
-    pub persistent: bool,
-    /// `feature-max-indirect-segments`, 0 without.
-    pub max_indirect_segments: u32,
-    /// `max-ring-page-order`, or the older `max-ring-pages`.
-    pub max_ring_page_order: u32,
-    /// `multi-queue-max-queues`, at least 1.
-    pub max_queues: u32,
-}
-
-impl Offered {
-    /// Reads the backend's keys; it must be in state 2.
-    pub fn read(store: &Client, node: &Node) -> Result<Offered, Error> {
-        let number = |key| -> Result<Option<u32>, Error> {
-            Ok(node.number(store, key)?.and_then(|n| u32::try_from(n).ok()))
-        };
-        let order = match number("max-ring-page-order")? {
-            Some(order) => order,
-            None => number("max-ring-pages")?.unwrap_or(1).max(1).ilog2(),
-        };
-        Ok(Offered {
-            persistent: number("feature-persistent")? == Some(1),
-            max_indirect_segments: number("feature-max-indirect-segments")?.unwrap_or(0),
-            max_ring_page_order: order,
-            max_queues: number("multi-queue-max-queues")?.unwrap_or(1).max(1),
-        })
     }
 }
 
@@ -153,53 +130,18 @@ pub enum KeySet {
 /// What a frontend writes before state 3.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chosen {
-    /// The layout of its requests.
-    pub protocol: Protocol,
-    /// Whether it keeps its grants.
-    pub persistent: bool,
-    /// Its queues.
-    pub queues: Vec<QueueKeys>,
+    /// What it has chosen.
+    pub accepted: Accepted,
     /// Which keys it knows.
     pub keys: KeySet,
-}
-
-/// The value of `protocol`.
-pub fn protocol_name(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::X86_64 => X86_64::PROTOCOL,
-        Protocol::X86_32 => X86_32::PROTOCOL,
-        Protocol::Native => Native::PROTOCOL,
-    }
 }
 
 impl Chosen {
     /// The keys, below the frontend's directory.
     pub fn keys(&self) -> Vec<Key> {
-        let mut keys = vec![("protocol".to_owned(), protocol_name(self.protocol).to_owned())];
-        let many = self.queues.len() > 1;
-        if self.keys == KeySet::All {
-            let mut add = |key: &str, value: usize| keys.push((key.to_owned(), value.to_string()));
-            add("feature-persistent", usize::from(self.persistent));
-            let pages = self.queues.first().map_or(1, |q| q.ring_refs.len());
-            if pages > 1 {
-                add("ring-page-order", pages.ilog2() as usize);
-                add("num-ring-pages", pages);
-            }
-            if many {
-                add("multi-queue-num-queues", self.queues.len());
-            }
-        }
-        for (number, queue) in self.queues.iter().enumerate() {
-            let prefix = if many { format!("queue-{number}/") } else { String::new() };
-            let mut add = |key: String, value: u32| keys.push((key, value.to_string()));
-            match queue.ring_refs.as_slice() {
-                [single] => add(format!("{prefix}ring-ref"), *single),
-                refs => refs
-                    .iter()
-                    .enumerate()
-                    .for_each(|(i, gref)| add(format!("{prefix}ring-ref{i}"), *gref)),
-            }
-            add(format!("{prefix}event-channel"), queue.port);
+        let mut keys = self.accepted.front_keys();
+        if self.keys == KeySet::Essential {
+            keys.retain(|(key, _)| key != "feature-persistent");
         }
         keys
     }
@@ -233,63 +175,27 @@ fn is_choice(name: &str) -> bool {
 /// What a connected backend says of its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskInfo {
-    /// In units of 512 bytes.
-    pub sectors: u64,
-    /// Bytes of a logical block.
-    pub sector_size: u32,
-    /// Bytes of a physical block.
-    pub physical_sector_size: u32,
-    /// The VDISK_ bits.
-    pub info: u32,
+    /// The disk.
+    pub disk: DiskKeys,
     /// `feature-flush-cache`
     pub flush: bool,
     /// `feature-barrier`
     pub barrier: bool,
-    /// Granularity of discard in bytes, if `feature-discard` is 1.
-    pub discard: Option<u32>,
-    /// `discard-secure`
-    pub secure_discard: bool,
 }
 
 impl DiskInfo {
-    /// Reads the backend's keys; it must be in state 4. InvalidData: it does not say how large
-    /// the disk is, or in blocks that there cannot be.
+    /// Reads the backend's keys; it must be in state 4. InvalidData: they make no disk.
     pub fn read(store: &Client, node: &Node) -> io::Result<DiskInfo> {
-        let number = |key| node.number(store, key);
-        let small = |key| -> io::Result<Option<u32>> {
-            Ok(number(key)?.and_then(|n| u32::try_from(n).ok()))
+        let bad = |e: Unusable| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("{}: {e}", node.front))
         };
-        let bad = |key: &str| {
-            let text = format!("{}: the backend's {key} makes no sense", node.front);
-            io::Error::new(io::ErrorKind::InvalidData, text)
-        };
-        let fits = |n: &u32| n.is_power_of_two() && (512..=4096).contains(n);
-        let sectors = number("sectors")?.filter(|n| *n <= u64::MAX / 512);
-        let sector_size = small("sector-size")?.filter(fits).ok_or_else(|| bad("sector-size"))?;
-        let flag = |key| -> io::Result<bool> { Ok(number(key)? == Some(1)) };
-        let granularity = small("discard-granularity")?.filter(|n| *n > 0).unwrap_or(sector_size);
-        Ok(DiskInfo {
-            sectors: sectors.ok_or_else(|| bad("sectors"))?,
-            sector_size,
-            physical_sector_size: small("physical-sector-size")?.unwrap_or(sector_size),
-            info: small("info")?.unwrap_or(0),
-            flush: flag("feature-flush-cache")?,
-            barrier: flag("feature-barrier")?,
-            discard: flag("feature-discard")?.then_some(granularity),
-            secure_discard: flag("discard-secure")?,
-        })
+        let offer = node.offer(store).map_err(bad)?;
+        let disk = node.disk(store).map_err(bad)?;
+        Ok(DiskInfo { disk, flush: offer.flush, barrier: offer.barrier })
     }
     /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
-        self.info & (VDISK_READONLY | VDISK_CDROM) != 0
-    }
-    /// Whether it is a CD-ROM drive.
-    pub fn is_cdrom(&self) -> bool {
-        self.info & VDISK_CDROM != 0
-    }
-    /// Whether its medium can be taken out.
-    pub fn is_removable(&self) -> bool {
-        self.info & VDISK_REMOVABLE != 0
+        self.disk.read_only || self.disk.cdrom
     }
 }
 
@@ -336,7 +242,8 @@ pub(super) fn watch(
         }
         match node.backend_state(store)? {
             State::Connected => {
-                if let Some(sectors) = node.number(store, "sectors")? {
+                if let Ok(disk) = node.disk(store) {
+                    let sectors = disk.size / SECTOR;
                     tell(News::Sectors(sectors));
                 }
             }

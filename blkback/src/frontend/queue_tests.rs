@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
 use crate::frontend::handshake::DiskInfo;
+use crate::negotiate::DiskKeys;
 use crate::proto::{RSP_ERROR, RSP_OKAY, Response};
 
 struct Granted(Arc<HeapPages>, Vec<GrantRef>);
@@ -68,16 +69,17 @@ impl Scene {
     fn new() -> Scene {
         let ((memory, ring), (_, payload)) = (granted(1), granted(64));
         initialise(Protocol::X86_64, ring.clone()).unwrap();
-        let info = DiskInfo {
-            sectors: 8192,
-            sector_size: 512,
-            physical_sector_size: 4096,
-            info: 0,
-            flush: true,
-            barrier: false,
+        let disk = DiskKeys {
+            size: 8192 * 512,
+            logical_block: 512,
+            physical_block: 4096,
+            read_only: false,
+            cdrom: false,
+            removable: false,
             discard: Some(512),
             secure_discard: false,
         };
+        let info = DiskInfo { disk, flush: true, barrier: false };
         let shared = Arc::new(Shared::new(info).unwrap());
         let queue = Queue::new(Parts {
             name: "vbd-51712.0".into(),

@@ -8,6 +8,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::handshake::{DiskInfo, News};
 use super::pages::Region;
+use crate::proto::SECTOR;
 
 /// How far a connected device has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(info: DiskInfo) -> std::io::Result<Shared> {
         Ok(Shared {
-            sectors: AtomicU64::new(info.sectors),
+            sectors: AtomicU64::new(info.disk.size / SECTOR),
             info,
             regions: Regions::default(),
             stage: AtomicU8::new(0),

@@ -257,7 +257,7 @@ fn a_read_only_disk_and_a_cd() {
         rig.attach("cache=writeback", &[keys, &[("params", &*params)]].concat());
         let front = rig.connect(FrontOptions::default());
         assert!(front.geometry().read_only);
-        assert_eq!((front.info().is_cdrom(), front.info().is_removable()), (cdrom, cdrom));
+        assert_eq!((front.info().disk.cdrom, front.info().disk.removable), (cdrom, cdrom));
         let mut queue = front.queue(8).unwrap();
         same(&read(&mut *queue, 0, 1 << 20), &pattern(1 << 20, 4));
         assert_eq!(write(&mut *queue, 0, &[0; 512]), rofs);

@@ -25,13 +25,13 @@ impl<A: Abi> Queue<A> {
         if r.op == Op::Flush {
             return Ok(Payload::Without);
         }
-        blktap::check_range(r, self.shared.sectors() * SECTOR, u64::from(info.sector_size))?;
+        blktap::check_range(r, self.shared.sectors() * SECTOR, u64::from(info.disk.logical_block))?;
         if r.op != Op::Read && info.is_read_only() {
             return errno(Errno::ROFS);
         }
         match r.op {
-            Op::Discard if info.discard.is_none() => return errno(Errno::OPNOTSUPP),
-            Op::SecureDiscard if !info.secure_discard => return errno(Errno::OPNOTSUPP),
+            Op::Discard if info.disk.discard.is_none() => return errno(Errno::OPNOTSUPP),
+            Op::SecureDiscard if !info.disk.secure_discard => return errno(Errno::OPNOTSUPP),
             Op::Discard | Op::SecureDiscard | Op::Flush => return Ok(Payload::Without),
             Op::WriteZeroes => return Ok(Payload::Zeroes),
             Op::Read | Op::Write | Op::WriteFua => {}
@@ -196,7 +196,7 @@ impl<A: Abi> Queue<A> {
             len += bytes;
         }
         // A request ends at a whole block; segments are whole sectors.
-        let block = self.shared.info.sector_size as usize;
+        let block = self.shared.info.disk.logical_block as usize;
         while !len.is_multiple_of(block) {
             let Some(last) = self.segments.last_mut() else { break };
             let excess = (len % block).min(last.len());
