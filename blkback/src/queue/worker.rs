@@ -167,7 +167,8 @@ impl<A: Abi> Worker<A> {
                 self.poller.worked(&self.counters);
                 continue;
             }
-            if self.disk.in_flight() == 0 && self.poller.spin(&self.counters) {
+            // Also while the disk works: what it completes shows in the ring's memory.
+            if self.poller.spin(&self.counters) {
                 continue;
             }
             self.sleep()?;
