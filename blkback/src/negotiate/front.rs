@@ -3,7 +3,10 @@
 use hypervisor::xenbus::Key;
 
 use super::{Accepted, DiskKeys, Offer, Protocol, key, shown};
-use crate::proto::{MAX_INDIRECT_SEGMENTS, SECTOR, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE};
+use crate::proto::{
+    Abi, MAX_INDIRECT_SEGMENTS, Native, SECTOR, VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE,
+    X86_32, X86_64,
+};
 
 /// Why a backend's keys make no disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -97,9 +100,9 @@ impl Protocol {
     /// The value of the `protocol` key (io/protocols.h).
     pub fn name(self) -> &'static str {
         match self {
-            Protocol::X86_64 => "x86_64-abi",
-            Protocol::X86_32 => "x86_32-abi",
-            Protocol::Native => "arm-abi",
+            Protocol::X86_64 => X86_64::PROTOCOL,
+            Protocol::X86_32 => X86_32::PROTOCOL,
+            Protocol::Native => Native::PROTOCOL,
         }
     }
 }
