@@ -7,6 +7,7 @@ mod null;
 mod raw;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -120,6 +121,26 @@ pub struct Geometry {
     pub read_only: bool,
 }
 
+/// How a stretch of a disk is kept, as `map` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Allocated; its bytes are whatever was written.
+    Data,
+    /// Allocated, and known to read as zeroes.
+    Zero,
+    /// Not allocated anywhere; reads as zeroes.
+    Hole,
+}
+
+/// One stretch of a map; stretches follow each other without a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Bytes.
+    pub len: u64,
+    /// How they are kept.
+    pub kept: Kept,
+}
+
 /// A disk. Opened once, shared by all queues; they keep what they need of it, so it may be
 /// dropped before them.
 pub trait Disk: Send + Sync {
@@ -130,6 +151,22 @@ pub trait Disk: Send + Sync {
     /// A queue for one thread. `depth` is how many requests it holds at once, from 1 to
     /// [`MAX_DEPTH`](crate::engine::MAX_DEPTH).
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
+    /// Appends how `range` (bytes, inside the disk) is kept, neighbours of one kind joined. May
+    /// stop early, but not before the first stretch. May block: not for the data path. What is
+    /// not known is `Data`.
+    fn map(&self, range: Range<u64>, out: &mut Vec<Region>) -> io::Result<()> {
+        out.push(Region { len: range.end.saturating_sub(range.start), kept: Kept::Data });
+        Ok(())
+    }
+    /// Names of the dirty bitmaps that can be read.
+    fn bitmaps(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// Appends `range` in stretches of (bytes, whether dirty) by the bitmap `name`, as `map`.
+    fn bitmap(&self, name: &str, range: Range<u64>, out: &mut Vec<(u64, bool)>) -> io::Result<()> {
+        let _ = (range, out);
+        Err(io::Error::new(io::ErrorKind::NotFound, format!("no bitmap {name:?}")))
+    }
 }
 
 /// One thread's way to a disk.
