@@ -3,6 +3,7 @@ pub mod blocking;
 pub mod disk;
 pub mod engine;
 pub mod faults;
+pub mod formats;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
