@@ -2,6 +2,7 @@
 mod chain;
 mod log;
 mod lower;
+mod open;
 mod queue;
 mod requests;
 mod transfer;
@@ -13,6 +14,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+pub use open::{
+    BackingPolicy, ImageFormat, ImageOpenError, ImageOptions, MAX_CHAIN, open, open_image,
+    open_layers,
+};
 pub use queue::ImageQueue;
 pub use workers::Blocking;
 
