@@ -1,0 +1,4 @@
+//! QCOW2, versions 2 and 3, after QEMU's docs/interop/qcow2.rst.
+pub mod entry;
+pub mod extension;
+pub mod header;
