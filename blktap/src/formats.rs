@@ -228,7 +228,8 @@ pub trait Format: Send + Sync {
     /// Reads and unpacks a compressed cluster into `out` (which it clears). May block.
     fn decompress(&self, cluster: u64, out: &mut Vec<u8>) -> Result<(), ImageError>;
 
-    /// Whether a flush has more to do than to sync the files.
+    /// Whether a flush has more to do than to sync the files. True until a flush that covers the
+    /// last commit has ended, not only begun.
     fn has_unflushed(&self) -> bool;
 
     /// Makes durable what was written and committed before. May block. Those who come together

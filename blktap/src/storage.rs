@@ -50,6 +50,10 @@ pub trait Storage: Send + Sync {
     fn engine_file(&self) -> Option<EngineFile> {
         None
     }
+    /// Whether a sync does anything.
+    fn needs_sync(&self) -> bool {
+        true
+    }
     /// Whether calls end without waiting for anybody: they need no thread of their own.
     fn is_memory(&self) -> bool {
         false
