@@ -13,7 +13,7 @@ use perf::Handle;
 use crate::counters::RingCounters;
 use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use crate::index::{self, Notify, Pending, Strong};
-use crate::inflight::{Entry, InFlight};
+use crate::inflight::InFlight;
 use crate::mem::{Region, SharedMem, Unit, kill_point};
 use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
 
@@ -102,50 +102,29 @@ impl Stack {
     }
 }
 
-/// The free entries, the one that was freed first going first: as long as answers leave in order,
-/// entries then go round like the ring's slots, half a page from them (see `inflight`).
-struct Queue {
-    slots: Box<[u32]>,
-    head: u32,
-    len: u32,
-}
-
-impl Queue {
-    fn new(room: u32) -> Self {
-        Queue { slots: vec![0; room.next_power_of_two() as usize].into(), head: 0, len: 0 }
-    }
-    #[inline]
-    fn push(&mut self, slot: u32) {
-        let at = self.head.wrapping_add(self.len) as usize & (self.slots.len() - 1);
-        self.slots[at] = slot;
-        self.len += 1;
-    }
-    #[inline]
-    fn pop(&mut self) -> Option<u32> {
-        self.len = self.len.checked_sub(1)?;
-        let slot = self.slots[self.head as usize & (self.slots.len() - 1)];
-        self.head = self.head.wrapping_add(1);
-        Some(slot)
-    }
-}
-
 /// The backend's end of a ring over 1, 2, 4 ... pages, with its in-flight table.
 pub struct BackRing<P: Protocol, M, T> {
     region: Region<M>,
     slots: u32,
-    /// Requests taken (`req_cons`) and seen (the last `req_prod` that was read).
-    taken: u32,
+    /// Requests taken (the low half is `req_cons`; the whole numbers requests, and is given to
+    /// none twice) and seen (the last `req_prod` that was read).
+    taken: u64,
     seen: u32,
     /// Responses written (`rsp_prod_pvt`) and published.
     written: u32,
     published: u32,
     table: T,
-    /// Number of the last request taken; entries of the table are in this order.
-    sequence: u64,
-    /// Entries that are free; those answered since the last publication; those that a
-    /// predecessor left unanswered, youngest first.
-    free: Queue,
-    answered: Stack,
+    /// Which entry the request at an index goes to (modulo the length). An entry that is freed
+    /// by the answer at position p goes to index p + E, where E is the number of entries: what
+    /// was freed first goes first.
+    ///
+    /// So entries go round like the ring's slots as long as answers leave in order, half a page
+    /// from them (see `inflight`). And an entry's mark may stay when it is freed: when the entry
+    /// is used again, at most E requests were taken since p, so p is one of the last E positions,
+    /// whose answers the table's log keeps.
+    order: Box<[u32]>,
+    entries: u32,
+    /// Entries that a predecessor left unanswered, youngest first.
     replay: Stack,
     woken: bool,
     counters: Handle<RingCounters>,
@@ -173,14 +152,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         let mut ring = BackRing {
             region,
             slots,
-            taken: rsp_prod,
+            taken: u64::from(rsp_prod),
             seen: rsp_prod,
             written: rsp_prod,
             published: rsp_prod,
             table,
-            sequence: 0,
-            free: Queue::new(entries),
-            answered: Stack::new(slots),
+            entries,
+            order: vec![0; entries.next_power_of_two() as usize].into(),
             replay: Stack::new(slots),
             woken: false,
             counters,
@@ -194,38 +172,43 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// Sorts the table's entries into free and unanswered, and finds the consumer index: each
     /// request taken has a published response or is unanswered.
     fn recover(&mut self, entries: u32) -> Result<(), Corrupt> {
-        let mut unanswered = Vec::new();
+        let before = (1..=entries).map(|n| self.published.wrapping_sub(n));
+        let mut published: Vec<u64> = before.map(|at| self.table.answered(at)).collect();
+        published.sort_unstable();
+        let (mut unanswered, mut free) = (Vec::new(), Vec::new());
+        let mut youngest = published.last().copied().unwrap_or(0);
         for slot in 0..entries {
-            match self.table.entry(slot) {
-                Entry::Free => self.free.push(slot),
-                Entry::Taken { sequence } => unanswered.push((sequence, slot)),
-                Entry::Answered { position, .. } if self.was_published(position) => {
-                    self.table.clear(slot);
-                    self.free.push(slot);
-                }
-                Entry::Answered { sequence, .. } => {
-                    self.table.retract(slot);
-                    unanswered.push((sequence, slot));
-                }
+            let mark = self.table.mark(slot);
+            youngest = youngest.max(mark);
+            if mark > 0 && published.binary_search(&mark).is_err() {
+                unanswered.push((mark, slot));
+            } else {
+                // What the log says of it may be gone before the entry's turn comes.
+                self.table.clear(slot);
+                free.push(slot);
             }
         }
         let count = unanswered.len() as u32;
-        self.taken = self.published.wrapping_add(count);
-        self.seen = self.taken;
+        self.seen = self.published.wrapping_add(count);
+        // Above all numbers that were given.
+        self.taken = ((youngest >> 32) + 1) << 32 | u64::from(self.seen);
         if count > self.slots {
             return Err(self.corrupt(self.region.word(REQ_PROD).load(Relaxed)));
         }
+        for (n, slot) in free.into_iter().enumerate() {
+            let at = self.in_order(self.seen.wrapping_add(n as u32));
+            self.order[at] = slot;
+        }
         unanswered.sort_unstable_by(|a, b| b.cmp(a));
-        self.sequence = unanswered.first().map_or(0, |(youngest, _)| *youngest);
         for (_, slot) in unanswered {
             self.replay.push(slot);
         }
         Ok(())
     }
 
-    /// Whether the response at `position` lies before the published producer index.
-    fn was_published(&self, position: u32) -> bool {
-        (1..=self.slots).contains(&self.published.wrapping_sub(position))
+    #[inline(always)]
+    fn in_order(&self, index: u32) -> usize {
+        index as usize & (self.order.len() - 1)
     }
 
     /// Slots of the ring.
@@ -234,7 +217,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
     /// Requests taken and not answered, with those still to be taken again.
     pub fn in_flight(&self) -> u32 {
-        self.taken.wrapping_sub(self.written)
+        (self.taken as u32).wrapping_sub(self.written)
     }
     /// Requests of a predecessor that [`take`](Self::take) is still to give again.
     pub fn replays(&self) -> u32 {
@@ -265,15 +248,16 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.replay.len > 0 {
             return Ok(self.take_again());
         }
-        if self.taken == self.seen && self.look()? == Pending::Nothing {
+        let at = self.taken as u32;
+        if at == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
-        let Some(slot) = self.free.pop() else { return Ok(None) };
+        // There is a free entry: no more requests are seen than the ring has slots.
+        let slot = self.order[self.in_order(at)];
         let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
-        let req = self.region.load(self.slot_offset(self.taken), unit);
-        self.sequence += 1;
-        self.table.put(slot, self.sequence, &req);
-        self.taken = self.taken.wrapping_add(1);
+        let req = self.region.arriving(self.slot_offset(at), unit);
+        let req = self.table.put(slot, self.taken, req);
+        self.taken += 1;
         Ok(Some(Taken { slot: Slot(slot), req }))
     }
 
@@ -290,12 +274,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         assert!(self.in_flight() > 0, "a slot of another ring");
         self.region.store(self.slot_offset(self.written), rsp);
         self.table.answer(slot.0, self.written);
-        self.answered.push(slot.0);
+        let at = self.in_order(self.written.wrapping_add(self.entries));
+        self.order[at] = slot.0;
         self.written = self.written.wrapping_add(1);
     }
 
     /// Shows the frontend all responses written so far
-    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`), then forgets their requests.
+    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`); with that their requests are done.
     #[inline(always)]
     pub fn publish(&mut self) -> Notify {
         let (old, new) = (self.published, self.written);
@@ -306,11 +291,6 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         kill_point();
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
-        let answered = core::mem::take(&mut self.answered.len);
-        for slot in &self.answered.slots[..answered] {
-            self.table.clear(*slot);
-            self.free.push(*slot);
-        }
         self.counters.responses.add(u64::from(new.wrapping_sub(old)));
         match notify {
             Notify::Send => self.counters.notifications_sent.add(1),
@@ -320,7 +300,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
 
     /// Looks whether there are requests, without asking for a notification.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
         let pending = self.found(found)?;
@@ -332,7 +312,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Judges a producer index: it may lie from what was seen to one ring beyond the responses
     /// that the frontend could have taken.
-    #[inline]
+    #[inline(always)]
     fn found(&mut self, req_prod: u32) -> Result<Pending, Corrupt> {
         let new = req_prod.wrapping_sub(self.seen);
         if new > self.slots - self.seen.wrapping_sub(self.published) {
@@ -348,7 +328,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     #[inline]
     fn unconsumed(&self) -> u32 {
-        self.seen.wrapping_sub(self.taken).wrapping_add(self.replays())
+        self.seen.wrapping_sub(self.taken as u32).wrapping_add(self.replays())
     }
 
     #[cold]
@@ -369,12 +349,12 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks to be notified of the next request and looks a second time
     /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Sleep only after `Nothing`.
-    #[inline]
+    #[inline(always)]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
         if self.unconsumed() > 0 || self.look()? == Pending::Work {
             return Ok(Pending::Work);
         }
-        let wanted = self.taken.wrapping_add(1);
+        let wanted = (self.taken as u32).wrapping_add(1);
         let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
@@ -385,7 +365,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn arm_after(&mut self, messages: NonZeroU32) -> Result<Pending, Corrupt> {
         let _ = self.look()?;
         if self.unconsumed() < messages.get() {
-            let wanted = self.taken.wrapping_add(messages.get());
+            let wanted = (self.taken as u32).wrapping_add(messages.get());
             let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
@@ -395,7 +375,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(REQ_EVENT), self.taken);
+        index::disarm(self.region.word(REQ_EVENT), self.taken as u32);
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.
@@ -410,7 +390,7 @@ impl<P: Protocol, M, T> fmt::Debug for BackRing<P, M, T> {
         f.debug_struct("BackRing")
             .field("ring", &P::NAME)
             .field("slots", &self.slots)
-            .field("req_cons", &self.taken)
+            .field("req_cons", &(self.taken as u32))
             .field("rsp_prod_pvt", &self.written)
             .finish_non_exhaustive()
     }

@@ -152,7 +152,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     }
 
     /// Looks whether there are responses, without asking for a notification.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(RSP_PROD));
         let pending = self.found(found)?;
@@ -163,7 +163,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     }
 
     /// Judges a producer index: it may lie from what was seen to the requests published.
-    #[inline]
+    #[inline(always)]
     fn found(&mut self, rsp_prod: u32) -> Result<Pending, Corrupt> {
         let (new, room) =
             (rsp_prod.wrapping_sub(self.seen), self.published.wrapping_sub(self.seen));
@@ -191,7 +191,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
 
     /// Asks to be notified of the next response and looks a second time
     /// (`RING_FINAL_CHECK_FOR_RESPONSES`). Sleep only after `Nothing`.
-    #[inline]
+    #[inline(always)]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
         if self.taken != self.seen || self.look()? == Pending::Work {
             return Ok(Pending::Work);

@@ -2,8 +2,8 @@
 //!
 //! Responses reuse the slots of requests, so once answers leave out of order the ring alone
 //! cannot say which requests are unanswered. The table can: a request is copied into it before
-//! the ring's consumer index moves on, and its entry is cleared after the response has been
-//! published. In memory that outlives the process, it lets a successor go on where the process
+//! the ring's consumer index moves on, and where its response lies is noted before the response
+//! is published. In memory that outlives the process, it lets a successor go on where the process
 //! was killed.
 
 use core::fmt;
@@ -13,70 +13,65 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::PAGE_SIZE;
-use crate::mem::{HeapPages, Region, SharedMem, Unit};
-
-/// State of an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// Holds no request.
-    Free,
-    /// Holds a request that has no response yet.
-    Taken {
-        /// Number in the order of taking, never 0.
-        sequence: u64,
-    },
-    /// Holds a request whose response was put at the ring index `position`; whether it was
-    /// published, the ring's producer index says.
-    Answered {
-        /// Number in the order of taking, never 0.
-        sequence: u64,
-        /// Index (not masked) of the response.
-        position: u32,
-    },
-}
+use crate::mem::{Arriving, HeapPages, Region, SharedMem, Unit};
 
 /// Where a back ring keeps what it took. Slots are below `slots()`. A kill between any two
-/// calls, or within one, must leave each entry in one of the states before or after.
+/// calls, or within one, must leave each word as it was before or after.
+///
+/// Each entry has a mark: the number of the request it holds, in the order of taking from 1 on,
+/// never given twice; 0 for none. And there is a log: for each ring index, the number of the
+/// request that was answered there. A request is answered if the log says so below the ring's
+/// producer index; so nothing needs to be undone when answers are published, and an entry's mark
+/// stays until the next request is put there (see [`BackRing`](crate::BackRing) for why its
+/// answer is still in the log by then).
 pub trait InFlight<R> {
     /// Number of entries, at least the ring's slots.
     fn slots(&self) -> u32;
-    /// Fills a free entry: first the request, then the mark that it is taken.
-    fn put(&mut self, slot: u32, sequence: u64, req: &R);
-    /// Notes where the response of a taken entry is.
+    /// Fills an entry: first the request, then its mark.
+    fn put(&mut self, slot: u32, sequence: u64, req: Arriving<'_, R>) -> R;
+    /// Logs that the entry's request is answered at the ring index `position`.
     fn answer(&mut self, slot: u32, position: u32);
-    /// Takes the note back: the response was never published.
-    fn retract(&mut self, slot: u32);
-    /// Makes the entry free.
+    /// Takes an entry's mark away.
     fn clear(&mut self, slot: u32);
-    /// The entry's state.
-    fn entry(&self, slot: u32) -> Entry;
-    /// The request of an entry that is not free.
+    /// The entry's mark.
+    fn mark(&self, slot: u32) -> u64;
+    /// The number of the request that was answered at the ring index `position`, 0 for none.
+    /// Kept for twice as many positions as there are entries: those that a published answer of a
+    /// marked entry can have, and those of answers not published.
+    fn answered(&self, position: u32) -> u64;
+    /// The request of an entry that has a mark.
     fn request(&self, slot: u32) -> R;
 }
 
 const MAGIC: u64 = u64::from_le_bytes(*b"RBFLIGHT");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 64;
 /// Header offsets: magic, version, slots, bytes of a request.
 const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 8;
 const AT_SLOTS: usize = 12;
 const AT_REQUEST: usize = 16;
-/// Behind the header each entry has its two marks, 16 bytes: sequence (0: free) and answer (bit 32
-/// set: the low half is a position). The requests lie behind all marks, so that what is touched
-/// at every step stays in the first-level cache.
-const MARKS: usize = 16;
-const SEQUENCE: usize = 0;
-const ANSWER: usize = 8;
-const ANSWERED: u64 = 1 << 32;
+/// Behind the header lie the marks, then the log, then the requests: what is touched at every
+/// step stays in the first-level cache.
+const WORD: usize = 8;
+
+/// Positions of the log.
+const fn log_len(slots: u32) -> usize {
+    2 * (slots as usize).next_power_of_two()
+}
+
+/// Where the log starts.
+const fn log(slots: u32) -> usize {
+    HEADER + slots as usize * WORD
+}
 
 /// Where the requests start: half a page from where the ring's own slots start (modulo the page).
 /// A processor takes a load for dependent on an earlier store whose address has the same low 12
 /// bits, so that copying from slot n + 1 would wait for the copy to entry n + 1.
 const fn requests(slots: u32) -> usize {
-    let marks = HEADER + slots as usize * MARKS;
+    let end = log(slots) + log_len(slots) * WORD;
     let offset = (PAGE_SIZE / 2 + HEADER) % PAGE_SIZE;
-    marks + (PAGE_SIZE + offset - marks % PAGE_SIZE) % PAGE_SIZE
+    end + (PAGE_SIZE + offset - end % PAGE_SIZE) % PAGE_SIZE
 }
 
 /// Why memory cannot be used as a table.
@@ -106,14 +101,18 @@ impl core::error::Error for TableError {}
 pub struct Table<R, S = HeapPages> {
     region: Region<S>,
     slots: u32,
+    /// Where the log and the requests start.
+    log: usize,
+    log_mask: usize,
+    requests: usize,
     request: PhantomData<fn() -> R>,
 }
 
 impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
     /// An empty table on the heap, for a process whose death ends the device.
     pub fn on_heap(slots: u32) -> Self {
-        let region = Region::new(HeapPages::new(Self::bytes(slots).div_ceil(PAGE_SIZE)));
-        let table = Table { region, slots, request: PhantomData };
+        let memory = HeapPages::new(Self::bytes(slots).div_ceil(PAGE_SIZE));
+        let table = Table::over(Region::new(memory), slots);
         table.write_header();
         table
     }
@@ -121,6 +120,10 @@ impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
 
 impl<R, S> Table<R, S> {
     const STRIDE: usize = size_of::<R>().next_multiple_of(16);
+    fn over(region: Region<S>, slots: u32) -> Self {
+        let (log, log_mask) = (log(slots), log_len(slots) - 1);
+        Table { region, slots, log, log_mask, requests: requests(slots), request: PhantomData }
+    }
     /// Bytes that a table of `slots` entries takes.
     pub const fn bytes(slots: u32) -> usize {
         requests(slots) + slots as usize * Self::STRIDE
@@ -134,10 +137,10 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         if memory.len() < needed {
             return Err(TableError::TooSmall { needed });
         }
-        let table = Table { region: Region::new(memory), slots, request: PhantomData };
+        let table = Table::over(Region::new(memory), slots);
         table.region.word64(AT_MAGIC).store(0, Relaxed);
-        for slot in 0..slots {
-            table.region.set64(table.at(slot) + SEQUENCE, 0);
+        for word in (HEADER..log(slots) + log_len(slots) * WORD).step_by(WORD) {
+            table.region.set64(word, 0);
         }
         table.write_header();
         Ok(table)
@@ -157,7 +160,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         if !ours {
             return Err(TableError::Foreign);
         }
-        Ok(Table { region, slots, request: PhantomData })
+        Ok(Table::over(region, slots))
     }
 
     /// The memory.
@@ -173,12 +176,16 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
     }
 
     #[inline(always)]
-    fn at(&self, slot: u32) -> usize {
-        HEADER + slot as usize * MARKS
+    fn mark_at(&self, slot: u32) -> usize {
+        HEADER + slot as usize * WORD
+    }
+    #[inline(always)]
+    fn log_at(&self, position: u32) -> usize {
+        self.log + (position as usize & self.log_mask) * WORD
     }
     #[inline(always)]
     fn request_at(&self, slot: u32) -> usize {
-        requests(self.slots) + slot as usize * Self::STRIDE
+        self.requests + slot as usize * Self::STRIDE
     }
 }
 
@@ -187,33 +194,24 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, slot: u32, sequence: u64, req: &R) {
-        let at = self.at(slot);
-        self.region.store(self.request_at(slot), req);
-        self.region.set64(at + ANSWER, 0);
-        self.region.set64(at + SEQUENCE, sequence);
+    fn put(&mut self, slot: u32, sequence: u64, req: Arriving<'_, R>) -> R {
+        let req = self.region.keep(self.request_at(slot), req);
+        self.region.set64(self.mark_at(slot), sequence);
+        req
     }
     #[inline(always)]
     fn answer(&mut self, slot: u32, position: u32) {
-        let note = ANSWERED | u64::from(position);
-        self.region.set64(self.at(slot) + ANSWER, note);
+        let sequence = self.region.word64(self.mark_at(slot)).load(Relaxed);
+        self.region.set64(self.log_at(position), sequence);
     }
-    fn retract(&mut self, slot: u32) {
-        self.region.set64(self.at(slot) + ANSWER, 0);
-    }
-    #[inline(always)]
     fn clear(&mut self, slot: u32) {
-        self.region.set64(self.at(slot) + SEQUENCE, 0);
+        self.region.set64(self.mark_at(slot), 0);
     }
-    fn entry(&self, slot: u32) -> Entry {
-        let at = self.at(slot);
-        let sequence = self.region.word64(at + SEQUENCE).load(Acquire);
-        let answer = self.region.word64(at + ANSWER).load(Acquire);
-        match (sequence, answer & ANSWERED) {
-            (0, _) => Entry::Free,
-            (_, 0) => Entry::Taken { sequence },
-            _ => Entry::Answered { sequence, position: answer as u32 },
-        }
+    fn mark(&self, slot: u32) -> u64 {
+        self.region.word64(self.mark_at(slot)).load(Acquire)
+    }
+    fn answered(&self, position: u32) -> u64 {
+        self.region.word64(self.log_at(position)).load(Acquire)
     }
     fn request(&self, slot: u32) -> R {
         self.region.load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
@@ -239,14 +237,17 @@ impl<R: FromBytes> InFlight<R> for Forget {
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, _: u32, _: u64, _: &R) {}
+    fn put(&mut self, _: u32, _: u64, req: Arriving<'_, R>) -> R {
+        req.take()
+    }
     #[inline(always)]
     fn answer(&mut self, _: u32, _: u32) {}
-    fn retract(&mut self, _: u32) {}
-    #[inline(always)]
     fn clear(&mut self, _: u32) {}
-    fn entry(&self, _: u32) -> Entry {
-        Entry::Free
+    fn mark(&self, _: u32) -> u64 {
+        0
+    }
+    fn answered(&self, _: u32) -> u64 {
+        0
     }
     fn request(&self, _: u32) -> R {
         R::new_zeroed()
