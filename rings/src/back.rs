@@ -304,8 +304,9 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
         let pending = self.found(found)?;
-        if core::mem::take(&mut self.woken) && pending == Pending::Nothing {
-            self.counters.spurious.add(1);
+        if self.woken {
+            self.woken = false;
+            self.counters.spurious.add(u64::from(pending == Pending::Nothing));
         }
         Ok(pending)
     }
