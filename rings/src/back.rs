@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::marker::PhantomData;
 use core::num::NonZeroU32;
-use core::sync::atomic::Ordering::{Acquire, Relaxed};
+use core::sync::atomic::Ordering::Acquire;
 
 use perf::Handle;
 
@@ -106,23 +106,13 @@ impl Stack {
 pub struct BackRing<P: Protocol, M, T> {
     region: Region<M>,
     slots: u32,
-    /// Requests taken (the low half is `req_cons`; the whole numbers requests, and is given to
-    /// none twice) and seen (the last `req_prod` that was read).
-    taken: u64,
+    /// Requests seen (the last `req_prod` that was read). How many were taken (`req_cons`), the
+    /// table says.
     seen: u32,
     /// Responses written (`rsp_prod_pvt`) and published.
     written: u32,
     published: u32,
     table: T,
-    /// Which entry the request at an index goes to (modulo the length). An entry that is freed
-    /// by the answer at position p goes to index p + E, where E is the number of entries: what
-    /// was freed first goes first.
-    ///
-    /// So entries go round like the ring's slots as long as answers leave in order, half a page
-    /// from them (see `inflight`). And an entry's mark may stay when it is freed: when the entry
-    /// is used again, at most E requests were taken since p, so p is one of the last E positions,
-    /// whose answers the table's log keeps.
-    order: Box<[u32]>,
     entries: u32,
     /// Entries that a predecessor left unanswered, youngest first.
     replay: Stack,
@@ -152,53 +142,51 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         let mut ring = BackRing {
             region,
             slots,
-            taken: u64::from(rsp_prod),
             seen: rsp_prod,
             written: rsp_prod,
             published: rsp_prod,
             table,
             entries,
-            order: vec![0; entries.next_power_of_two() as usize].into(),
             replay: Stack::new(slots),
             woken: false,
             counters,
             protocol: PhantomData,
         };
-        ring.recover(entries)?;
+        ring.recover()?;
         let _ = ring.look()?;
         Ok((ring, if rsp_prod == 0 { Notify::Skip } else { Notify::Send }))
     }
 
-    /// Sorts the table's entries into free and unanswered, and finds the consumer index: each
-    /// request taken has a published response or is unanswered.
-    fn recover(&mut self, entries: u32) -> Result<(), Corrupt> {
-        let before = (1..=entries).map(|n| self.published.wrapping_sub(n));
-        let mut published: Vec<u64> = before.map(|at| self.table.answered(at)).collect();
-        published.sort_unstable();
-        let (mut unanswered, mut free) = (Vec::new(), Vec::new());
-        let mut youngest = published.last().copied().unwrap_or(0);
-        for slot in 0..entries {
-            let mark = self.table.mark(slot);
-            youngest = youngest.max(mark);
-            if mark > 0 && published.binary_search(&mark).is_err() {
-                unanswered.push((mark, slot));
-            } else {
-                // What the log says of it may be gone before the entry's turn comes.
-                self.table.clear(slot);
-                free.push(slot);
+    /// Finds the unanswered entries: all that the table's order does not say are free. Changes
+    /// nothing in the table, unless it is new.
+    fn recover(&mut self) -> Result<(), Corrupt> {
+        if self.table.taken().is_none() {
+            self.table.begin(self.published);
+        }
+        let (taken, entries) = (self.taken(), self.entries);
+        self.seen = taken;
+        let count = taken.wrapping_sub(self.published);
+        if count > self.slots {
+            return Err(self.foreign(count));
+        }
+        // When each was last used, counted from E requests ago; 0 for before that.
+        let mut used = vec![Some(0); entries as usize];
+        for n in 1..=entries {
+            let slot = self.table.order(taken.wrapping_sub(entries).wrapping_add(n - 1));
+            if let Some(used) = used.get_mut(slot as usize) {
+                *used = Some(n);
             }
         }
-        let count = unanswered.len() as u32;
-        self.seen = self.published.wrapping_add(count);
-        // Above all numbers that were given.
-        self.taken = ((youngest >> 32) + 1) << 32 | u64::from(self.seen);
-        if count > self.slots {
-            return Err(self.corrupt(self.region.word(REQ_PROD).load(Relaxed)));
+        for n in 0..entries - count {
+            let slot = self.table.order(taken.wrapping_add(n));
+            // Each is named once, if the producer index is what was published.
+            if used.get_mut(slot as usize).and_then(Option::take).is_none() {
+                return Err(self.foreign(count));
+            }
         }
-        for (n, slot) in free.into_iter().enumerate() {
-            let at = self.in_order(self.seen.wrapping_add(n as u32));
-            self.order[at] = slot;
-        }
+        let unanswered = used.iter().enumerate();
+        let mut unanswered: Vec<_> =
+            unanswered.filter_map(|(slot, used)| Some(((*used)?, slot as u32))).collect();
         unanswered.sort_unstable_by(|a, b| b.cmp(a));
         for (_, slot) in unanswered {
             self.replay.push(slot);
@@ -206,9 +194,17 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         Ok(())
     }
 
+    /// The ring's response index does not fit the table, by which `count` are unanswered.
+    #[cold]
+    fn foreign(&self, count: u32) -> Corrupt {
+        let (found, least) = (self.published, self.published.wrapping_add(count));
+        Corrupt { ring: P::NAME, index: "rsp_prod", found, least, room: self.slots }
+    }
+
+    /// Index of the next request to take (`req_cons`).
     #[inline(always)]
-    fn in_order(&self, index: u32) -> usize {
-        index as usize & (self.order.len() - 1)
+    fn taken(&self) -> u32 {
+        self.table.taken().unwrap_or(self.published)
     }
 
     /// Slots of the ring.
@@ -217,7 +213,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
     /// Requests taken and not answered, with those still to be taken again.
     pub fn in_flight(&self) -> u32 {
-        (self.taken as u32).wrapping_sub(self.written)
+        self.taken().wrapping_sub(self.written)
     }
     /// Requests of a predecessor that [`take`](Self::take) is still to give again.
     pub fn replays(&self) -> u32 {
@@ -248,16 +244,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.replay.len > 0 {
             return Ok(self.take_again());
         }
-        let at = self.taken as u32;
+        let at = self.taken();
         if at == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
-        // There is a free entry: no more requests are seen than the ring has slots.
-        let slot = self.order[self.in_order(at)];
+        // Its entry is free: no more requests are seen than the ring has slots.
         let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
-        let req = self.region.arriving(self.slot_offset(at), unit);
-        let req = self.table.put(slot, self.taken, req);
-        self.taken += 1;
+        let (slot, req) = self.table.put(at, self.region.arriving(self.slot_offset(at), unit));
         Ok(Some(Taken { slot: Slot(slot), req }))
     }
 
@@ -273,9 +266,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
         assert!(self.in_flight() > 0, "a slot of another ring");
         self.region.store(self.slot_offset(self.written), rsp);
-        self.table.answer(slot.0, self.written);
-        let at = self.in_order(self.written.wrapping_add(self.entries));
-        self.order[at] = slot.0;
+        self.table.free(self.written.wrapping_add(self.entries), slot.0);
         self.written = self.written.wrapping_add(1);
     }
 
@@ -329,7 +320,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     #[inline]
     fn unconsumed(&self) -> u32 {
-        self.seen.wrapping_sub(self.taken as u32).wrapping_add(self.replays())
+        self.seen.wrapping_sub(self.taken()).wrapping_add(self.replays())
     }
 
     #[cold]
@@ -355,7 +346,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.unconsumed() > 0 || self.look()? == Pending::Work {
             return Ok(Pending::Work);
         }
-        let wanted = (self.taken as u32).wrapping_add(1);
+        let wanted = self.taken().wrapping_add(1);
         let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
@@ -366,7 +357,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn arm_after(&mut self, messages: NonZeroU32) -> Result<Pending, Corrupt> {
         let _ = self.look()?;
         if self.unconsumed() < messages.get() {
-            let wanted = (self.taken as u32).wrapping_add(messages.get());
+            let wanted = self.taken().wrapping_add(messages.get());
             let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
@@ -376,7 +367,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(REQ_EVENT), self.taken as u32);
+        index::disarm(self.region.word(REQ_EVENT), self.taken());
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.
@@ -391,7 +382,7 @@ impl<P: Protocol, M, T> fmt::Debug for BackRing<P, M, T> {
         f.debug_struct("BackRing")
             .field("ring", &P::NAME)
             .field("slots", &self.slots)
-            .field("req_cons", &(self.taken as u32))
+            .field("req_seen", &self.seen)
             .field("rsp_prod_pvt", &self.written)
             .finish_non_exhaustive()
     }

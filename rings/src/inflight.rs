@@ -2,10 +2,12 @@
 //!
 //! Responses reuse the slots of requests, so once answers leave out of order the ring alone
 //! cannot say which requests are unanswered. The table can: a request is copied into it before
-//! the ring's consumer index moves on, and where its response lies is noted before the response
-//! is published. In memory that outlives the process, it lets a successor go on where the process
+//! the ring's consumer index moves on, and its entry becomes free by the very index that publishes
+//! its response. In memory that outlives the process, it lets a successor go on where the process
 //! was killed.
 
+use alloc::boxed::Box;
+use alloc::vec;
 use core::fmt;
 use core::marker::PhantomData;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -15,61 +17,58 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::PAGE_SIZE;
 use crate::mem::{Arriving, HeapPages, Region, SharedMem, Unit};
 
-/// Where a back ring keeps what it took. Slots are below `slots()`. A kill between any two
-/// calls, or within one, must leave each word as it was before or after.
+/// Where a back ring keeps what it took: E entries, and in which order they are used.
 ///
-/// Each entry has a mark: the number of the request it holds, in the order of taking from 1 on,
-/// never given twice; 0 for none. And there is a log: for each ring index, the number of the
-/// request that was answered there. A request is answered if the log says so below the ring's
-/// producer index; so nothing needs to be undone when answers are published, and an entry's mark
-/// stays until the next request is put there (see [`BackRing`](crate::BackRing) for why its
-/// answer is still in the log by then).
+/// The request at ring index i goes to the entry that the order names at i. An entry whose
+/// request is answered at position p is named again at p + E: what was freed first is used first.
+/// So with `taken` requests taken and `rsp_prod` responses published, the entries that the order
+/// names from `taken` up to `rsp_prod + E` are free, each once, and all others hold requests
+/// without a published response. Nothing is undone or marked when answers are published.
+///
+/// A kill between any two calls, or within one, must leave each word as it was before or after.
 pub trait InFlight<R> {
-    /// Number of entries, at least the ring's slots.
+    /// Number of entries (E), at least the ring's slots.
     fn slots(&self) -> u32;
-    /// Fills an entry: first the request, then its mark.
-    fn put(&mut self, slot: u32, sequence: u64, req: Arriving<'_, R>) -> R;
-    /// Logs that the entry's request is answered at the ring index `position`.
-    fn answer(&mut self, slot: u32, position: u32);
-    /// Takes an entry's mark away.
-    fn clear(&mut self, slot: u32);
-    /// The entry's mark.
-    fn mark(&self, slot: u32) -> u64;
-    /// The number of the request that was answered at the ring index `position`, 0 for none.
-    /// Kept for twice as many positions as there are entries: those that a published answer of a
-    /// marked entry can have, and those of answers not published.
-    fn answered(&self, position: u32) -> u64;
-    /// The request of an entry that has a mark.
+    /// Index of the next request to take; `None` before [`begin`](Self::begin).
+    fn taken(&self) -> Option<u32>;
+    /// Makes all entries free, with the ring at `index`.
+    fn begin(&mut self, index: u32);
+    /// The entry that the order names at an index, from `taken - E` to below `rsp_prod + E`.
+    fn order(&self, index: u32) -> u32;
+    /// Copies the request at `index`, which is `taken`, into its entry, and only then counts it
+    /// as taken. The entry and the request.
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R);
+    /// Names the entry in the order: its request is answered at `index - E`.
+    fn free(&mut self, index: u32, slot: u32);
+    /// The request of an entry that was used.
     fn request(&self, slot: u32) -> R;
 }
 
 const MAGIC: u64 = u64::from_le_bytes(*b"RBFLIGHT");
 const VERSION: u32 = 2;
 const HEADER: usize = 64;
-/// Header offsets: magic, version, slots, bytes of a request.
+/// Header offsets: magic, version, slots, bytes of a request; the index of the next request to
+/// take, 64 bits of which the upper ones say that there is one.
 const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 8;
 const AT_SLOTS: usize = 12;
 const AT_REQUEST: usize = 16;
-/// Behind the header lie the marks, then the log, then the requests: what is touched at every
-/// step stays in the first-level cache.
-const WORD: usize = 8;
+const AT_TAKEN: usize = 24;
+const BEGUN: u64 = 1 << 32;
+/// Behind the header lies the order, words of 4 bytes, then the requests.
+const WORD: usize = 4;
 
-/// Positions of the log.
-const fn log_len(slots: u32) -> usize {
+/// Indices whose entries are kept: those of free entries and of the last E requests taken.
+const fn order_len(slots: u32) -> usize {
     2 * (slots as usize).next_power_of_two()
 }
 
-/// Where the log starts.
-const fn log(slots: u32) -> usize {
-    HEADER + slots as usize * WORD
-}
-
-/// Where the requests start: half a page from where the ring's own slots start (modulo the page).
-/// A processor takes a load for dependent on an earlier store whose address has the same low 12
-/// bits, so that copying from slot n + 1 would wait for the copy to entry n + 1.
+/// Where the requests start: half a page from where the ring's own slots start (modulo the page),
+/// and there the two go round together as long as answers leave in order. A processor takes a
+/// load for dependent on an earlier store whose address has the same low 12 bits, so that copying
+/// from slot n + 1 would wait for the copy to entry n + 1.
 const fn requests(slots: u32) -> usize {
-    let end = log(slots) + log_len(slots) * WORD;
+    let end = HEADER + order_len(slots) * WORD;
     let offset = (PAGE_SIZE / 2 + HEADER) % PAGE_SIZE;
     end + (PAGE_SIZE + offset - end % PAGE_SIZE) % PAGE_SIZE
 }
@@ -101,9 +100,8 @@ impl core::error::Error for TableError {}
 pub struct Table<R, S = HeapPages> {
     region: Region<S>,
     slots: u32,
-    /// Where the log and the requests start.
-    log: usize,
-    log_mask: usize,
+    order_mask: usize,
+    /// Where the requests start.
     requests: usize,
     request: PhantomData<fn() -> R>,
 }
@@ -121,8 +119,8 @@ impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
 impl<R, S> Table<R, S> {
     const STRIDE: usize = size_of::<R>().next_multiple_of(16);
     fn over(region: Region<S>, slots: u32) -> Self {
-        let (log, log_mask) = (log(slots), log_len(slots) - 1);
-        Table { region, slots, log, log_mask, requests: requests(slots), request: PhantomData }
+        let (order_mask, requests) = (order_len(slots) - 1, requests(slots));
+        Table { region, slots, order_mask, requests, request: PhantomData }
     }
     /// Bytes that a table of `slots` entries takes.
     pub const fn bytes(slots: u32) -> usize {
@@ -139,9 +137,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         }
         let table = Table::over(Region::new(memory), slots);
         table.region.word64(AT_MAGIC).store(0, Relaxed);
-        for word in (HEADER..log(slots) + log_len(slots) * WORD).step_by(WORD) {
-            table.region.set64(word, 0);
-        }
+        table.region.word64(AT_TAKEN).store(0, Relaxed);
         table.write_header();
         Ok(table)
     }
@@ -176,12 +172,8 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
     }
 
     #[inline(always)]
-    fn mark_at(&self, slot: u32) -> usize {
-        HEADER + slot as usize * WORD
-    }
-    #[inline(always)]
-    fn log_at(&self, position: u32) -> usize {
-        self.log + (position as usize & self.log_mask) * WORD
+    fn order_at(&self, index: u32) -> usize {
+        HEADER + (index as usize & self.order_mask) * WORD
     }
     #[inline(always)]
     fn request_at(&self, slot: u32) -> usize {
@@ -194,24 +186,30 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, slot: u32, sequence: u64, req: Arriving<'_, R>) -> R {
-        let req = self.region.keep(self.request_at(slot), req);
-        self.region.set64(self.mark_at(slot), sequence);
-        req
+    fn taken(&self) -> Option<u32> {
+        let taken = self.region.word64(AT_TAKEN).load(Relaxed);
+        (taken & BEGUN != 0).then_some(taken as u32)
+    }
+    fn begin(&mut self, index: u32) {
+        for slot in 0..self.slots {
+            self.free(index.wrapping_add(slot), slot);
+        }
+        self.region.set64(AT_TAKEN, BEGUN | u64::from(index));
     }
     #[inline(always)]
-    fn answer(&mut self, slot: u32, position: u32) {
-        let sequence = self.region.word64(self.mark_at(slot)).load(Relaxed);
-        self.region.set64(self.log_at(position), sequence);
+    fn order(&self, index: u32) -> u32 {
+        self.region.word(self.order_at(index)).load(Relaxed)
     }
-    fn clear(&mut self, slot: u32) {
-        self.region.set64(self.mark_at(slot), 0);
+    #[inline(always)]
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
+        let slot = self.order(index);
+        let req = self.region.keep(self.request_at(slot), req);
+        self.region.set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
+        (slot, req)
     }
-    fn mark(&self, slot: u32) -> u64 {
-        self.region.word64(self.mark_at(slot)).load(Acquire)
-    }
-    fn answered(&self, position: u32) -> u64 {
-        self.region.word64(self.log_at(position)).load(Acquire)
+    #[inline(always)]
+    fn free(&mut self, index: u32, slot: u32) {
+        self.region.set(self.order_at(index), slot);
     }
     fn request(&self, slot: u32) -> R {
         self.region.load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
@@ -219,16 +217,22 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
 }
 
 /// No table: for a protocol whose requests need not survive the process, such as received
-/// packets. Costs nothing, and a successor finds everything answered.
-#[derive(Clone, Copy, Debug)]
+/// packets. A successor finds everything answered.
+#[derive(Clone, Debug)]
 pub struct Forget {
+    order: Box<[u32]>,
     slots: u32,
+    taken: Option<u32>,
 }
 
 impl Forget {
     /// For rings of up to `slots` slots.
     pub fn new(slots: u32) -> Self {
-        Forget { slots }
+        Forget { order: vec![0; order_len(slots)].into(), slots, taken: None }
+    }
+    #[inline(always)]
+    fn at(&self, index: u32) -> usize {
+        index as usize & (self.order.len() - 1)
     }
 }
 
@@ -237,17 +241,28 @@ impl<R: FromBytes> InFlight<R> for Forget {
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, _: u32, _: u64, req: Arriving<'_, R>) -> R {
-        req.take()
+    fn taken(&self) -> Option<u32> {
+        self.taken
+    }
+    fn begin(&mut self, index: u32) {
+        for slot in 0..self.slots {
+            InFlight::<R>::free(self, index.wrapping_add(slot), slot);
+        }
+        self.taken = Some(index);
     }
     #[inline(always)]
-    fn answer(&mut self, _: u32, _: u32) {}
-    fn clear(&mut self, _: u32) {}
-    fn mark(&self, _: u32) -> u64 {
-        0
+    fn order(&self, index: u32) -> u32 {
+        self.order[self.at(index)]
     }
-    fn answered(&self, _: u32) -> u64 {
-        0
+    #[inline(always)]
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
+        self.taken = Some(index.wrapping_add(1));
+        (self.order[self.at(index)], req.take())
+    }
+    #[inline(always)]
+    fn free(&mut self, index: u32, slot: u32) {
+        let at = self.at(index);
+        self.order[at] = slot;
     }
     fn request(&self, _: u32) -> R {
         R::new_zeroed()

@@ -252,10 +252,7 @@ impl<M: SharedMem> Region<M> {
     /// The word at `offset`, which is in range and a multiple of 4.
     #[inline(always)]
     pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
-        // The first page is there; a constant offset needs no check at all.
-        if offset > PAGE_SIZE - 4 {
-            self.check(offset, 4);
-        }
+        self.check(offset, 4);
         assert!(offset.is_multiple_of(4));
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
@@ -267,6 +264,12 @@ impl<M: SharedMem> Region<M> {
         assert!(offset.is_multiple_of(8));
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
+    }
+    /// Stores the word at `offset` after everything stored before it.
+    #[inline(always)]
+    pub(crate) fn set(&self, offset: usize, value: u32) {
+        kill_point();
+        self.word(offset).store(value, Release);
     }
     /// Stores the double word at `offset` after everything stored before it.
     #[inline(always)]
