@@ -306,11 +306,11 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// that the frontend could have taken.
     #[inline(always)]
     fn found(&mut self, req_prod: u32) -> Result<Pending, Corrupt> {
-        let new = req_prod.wrapping_sub(self.seen);
-        if new > self.slots - self.seen.wrapping_sub(self.published) {
-            return Err(self.corrupt(req_prod));
-        }
-        if new > 0 {
+        if req_prod != self.seen {
+            let new = req_prod.wrapping_sub(self.seen);
+            if new > self.slots - self.seen.wrapping_sub(self.published) {
+                return Err(self.corrupt(req_prod));
+            }
             self.seen = req_prod;
             self.counters.requests.add(u64::from(new));
             self.counters.batch.record(u64::from(new));

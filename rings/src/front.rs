@@ -166,18 +166,22 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     /// Judges a producer index: it may lie from what was seen to the requests published.
     #[inline(always)]
     fn found(&mut self, rsp_prod: u32) -> Result<Pending, Corrupt> {
-        let (new, room) =
-            (rsp_prod.wrapping_sub(self.seen), self.published.wrapping_sub(self.seen));
-        if new > room {
-            let least = self.seen;
-            return Err(Corrupt { ring: P::NAME, index: "rsp_prod", found: rsp_prod, least, room });
-        }
-        if new > 0 {
+        if rsp_prod != self.seen {
+            let new = rsp_prod.wrapping_sub(self.seen);
+            if new > self.published.wrapping_sub(self.seen) {
+                return Err(self.corrupt(rsp_prod));
+            }
             self.seen = rsp_prod;
             self.counters.responses.add(u64::from(new));
             self.counters.batch.record(u64::from(new));
         }
         Ok(if self.taken == self.seen { Pending::Nothing } else { Pending::Work })
+    }
+
+    #[cold]
+    fn corrupt(&self, found: u32) -> Corrupt {
+        let room = self.published.wrapping_sub(self.seen);
+        Corrupt { ring: P::NAME, index: "rsp_prod", found, least: self.seen, room }
     }
 
     /// Looks for responses while polling, and counts whether it paid.

@@ -222,13 +222,14 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
 pub struct Forget {
     order: Box<[u32]>,
     slots: u32,
-    taken: Option<u32>,
+    begun: bool,
+    taken: u32,
 }
 
 impl Forget {
     /// For rings of up to `slots` slots.
     pub fn new(slots: u32) -> Self {
-        Forget { order: vec![0; order_len(slots)].into(), slots, taken: None }
+        Forget { order: vec![0; order_len(slots)].into(), slots, begun: false, taken: 0 }
     }
     #[inline(always)]
     fn at(&self, index: u32) -> usize {
@@ -242,13 +243,13 @@ impl<R: FromBytes> InFlight<R> for Forget {
     }
     #[inline(always)]
     fn taken(&self) -> Option<u32> {
-        self.taken
+        self.begun.then_some(self.taken)
     }
     fn begin(&mut self, index: u32) {
         for slot in 0..self.slots {
             InFlight::<R>::free(self, index.wrapping_add(slot), slot);
         }
-        self.taken = Some(index);
+        (self.begun, self.taken) = (true, index);
     }
     #[inline(always)]
     fn order(&self, index: u32) -> u32 {
@@ -256,7 +257,7 @@ impl<R: FromBytes> InFlight<R> for Forget {
     }
     #[inline(always)]
     fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
-        self.taken = Some(index.wrapping_add(1));
+        self.taken = index.wrapping_add(1);
         (self.order[self.at(index)], req.take())
     }
     #[inline(always)]
