@@ -24,6 +24,7 @@ mod guards;
 mod leases;
 pub mod qcow2;
 mod raw;
+pub mod vhd;
 mod wait;
 
 use std::io;
