@@ -212,6 +212,11 @@ pub struct Serve {
     /// Set a knob (see `ringback knobs`); may be repeated.
     #[arg(long = "set", value_name = "KNOB=VALUE")]
     pub set: Vec<String>,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    ///
+    /// Without it an image may build only on files in its own folder.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
 }
 
 #[derive(Subcommand)]

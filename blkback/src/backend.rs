@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blktap::disk::RawDisk;
+use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry};
 use hypervisor::xenbus::{
@@ -322,16 +322,21 @@ impl Device for BlkDevice {
     }
 }
 
-/// Opens `FORMAT:TARGET` from a node: raw files and block devices so far.
-pub fn open_target(wanted: &Wanted) -> Result<Arc<dyn Disk>, Fault> {
+/// Opens what a node's `FORMAT:TARGET` names; a target alone is raw. Images that build on others
+/// open these as `backing` allows.
+pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn Disk>, Fault> {
     let (format, target) = match wanted.params.split_once(':') {
         Some((format, target)) if !format.contains('/') => (format, target),
         _ => ("raw", wanted.params.as_str()),
     };
-    if format != "raw" {
-        return Err(Fault(format!("{}: format {format} is not supported; use raw", wanted.params)));
-    }
-    let options = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
-    let disk = RawDisk::open(&options).map_err(|e| Fault(e.to_string()))?;
-    Ok(disk)
+    let told = |e: &dyn std::fmt::Display| Fault(format!("{}: {e}", wanted.params));
+    let format: ImageFormat = format.parse().map_err(|e| told(&e))?;
+    let file = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
+    let options = ImageOptions::new(format, file).backing(backing.clone());
+    image::open(&options).map_err(|e| Fault(e.to_string()))
+}
+
+/// As [`open_target`], for a [`BlkBackend`].
+pub fn opener(backing: BackingPolicy) -> Arc<Open> {
+    Arc::new(move |wanted: &Wanted| open_target(wanted, &backing))
 }

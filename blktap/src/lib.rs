@@ -4,9 +4,11 @@ pub mod disk;
 pub mod engine;
 pub mod faults;
 pub mod formats;
+pub mod image;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
+pub use image::ImageDisk;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -6,6 +6,7 @@ mod lock;
 mod mem;
 mod open;
 mod probe;
+pub mod record;
 
 use std::io;
 use std::ops::Range;
@@ -48,6 +49,10 @@ pub trait Storage: Send + Sync {
     /// The file for a queue's engine; `None`: payload goes by this face.
     fn engine_file(&self) -> Option<EngineFile> {
         None
+    }
+    /// Whether a sync does anything.
+    fn needs_sync(&self) -> bool {
+        true
     }
     /// Whether calls end without waiting for anybody: they need no thread of their own.
     fn is_memory(&self) -> bool {

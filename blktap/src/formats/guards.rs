@@ -24,6 +24,10 @@ pub struct ClusterGuards {
 pub struct GuardedRange(Range<u64>);
 
 impl GuardedRange {
+    /// Names clusters that the caller took before, for those who keep only their numbers.
+    pub fn of(clusters: Range<u64>) -> Self {
+        GuardedRange(clusters)
+    }
     /// The clusters' numbers.
     pub fn clusters(&self) -> Range<u64> {
         self.0.clone()

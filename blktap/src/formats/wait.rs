@@ -72,6 +72,10 @@ impl Waiter {
     pub fn new(mailbox: Arc<Mailbox<u32>>, key: u32) -> Self {
         Waiter { mailbox, key }
     }
+    /// The same mailbox, another key.
+    pub fn set_key(&mut self, key: u32) {
+        self.key = key;
+    }
     /// Tells it to try again.
     pub fn wake(&self) {
         self.mailbox.post(self.key);

@@ -131,7 +131,7 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.cache == Cache::Unsafe || self.access == Access::ReadOnly {
+        if !self.needs_sync() {
             return Ok(());
         }
         let failed = self.sync_failed.load(Ordering::Relaxed);
@@ -199,6 +199,10 @@ impl Storage for FileStorage {
             past_end: PastEnd::Error,
             sync_failed: Arc::clone(&self.sync_failed),
         })
+    }
+
+    fn needs_sync(&self) -> bool {
+        self.cache != Cache::Unsafe && self.access == Access::ReadWrite
     }
 
     fn name(&self) -> String {
