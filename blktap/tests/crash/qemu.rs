@@ -1,0 +1,67 @@
+//! QEMU's programs as a second opinion.
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use blktap::storage::record::SparseBytes;
+use serde_json::Value;
+
+use crate::case::{Case, Mend};
+
+/// Runs one of QEMU's programs.
+pub fn run(program: &str, args: &[&str]) -> Output {
+    let run = Command::new(program).args(args).output();
+    run.unwrap_or_else(|e| panic!("{program} (Debian: qemu-utils): {e}"))
+}
+
+/// Writes a file's bytes where a program can see them.
+pub fn write_out(bytes: &SparseBytes, path: &Path) {
+    let mut file = File::create(path).expect("a file");
+    for (offset, page) in bytes.pages() {
+        file.seek(SeekFrom::Start(offset)).expect("seek");
+        file.write_all(page).expect("write");
+    }
+    file.set_len(bytes.len()).expect("size");
+}
+
+/// A folder in memory.
+pub fn folder() -> tempfile::TempDir {
+    let shm = Path::new("/dev/shm");
+    let made = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() };
+    made.expect("a folder")
+}
+
+/// qemu-img finds leaks at worst, and after our mending nothing.
+pub fn check_cut(case: &dyn Case, state: &[SparseBytes]) -> Result<(), String> {
+    let Some(format) = case.qemu() else { return Ok(()) };
+    let folder = folder();
+    let path = folder.path().join("image");
+    write_out(&state[0], &path);
+    let (corruptions, _) = check(format, &path)?;
+    if corruptions > 0 {
+        return Err(format!("qemu-img check: {corruptions} corruptions"));
+    }
+    let journal = blktap::storage::record::Journal::new(state.to_vec());
+    case.check(&journal.storages(), Mend::All).map_err(|e| format!("mend: {e}"))?;
+    write_out(&journal.now()[0], &path);
+    match check(format, &path)? {
+        (0, 0) => Ok(()),
+        found => Err(format!("qemu-img check of the mended image: {found:?}")),
+    }
+}
+
+/// (corruptions, leaks) as qemu-img counts them.
+pub fn check(format: &str, path: &Path) -> Result<(u64, u64), String> {
+    let path = path.to_str().expect("a name");
+    let out = run("qemu-img", &["check", "-f", format, "--output=json", path]);
+    let code = out.status.code();
+    let report: Value = serde_json::from_slice(&out.stdout).map_err(|_| {
+        format!("qemu-img check: {code:?} {}", String::from_utf8_lossy(&out.stderr))
+    })?;
+    let count = |key: &str| report[key].as_u64().unwrap_or(0);
+    match count("check-errors") {
+        0 => Ok((count("corruptions"), count("leaks"))),
+        n => Err(format!("qemu-img check: {n} errors")),
+    }
+}
