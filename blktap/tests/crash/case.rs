@@ -81,9 +81,13 @@ pub trait Case: Sync {
         let _ = (files, mend);
         Ok(Health::default())
     }
-    /// The format's name for qemu-img, where that can check it.
+    /// The format's name for qemu-img, where that reads it.
     fn qemu(&self) -> Option<&'static str> {
         None
+    }
+    /// Whether qemu-img can check that format.
+    fn checked_by_qemu(&self) -> bool {
+        true
     }
     /// Steps that it takes part in.
     fn specials(&self) -> Specials {

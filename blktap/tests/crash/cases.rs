@@ -1,4 +1,6 @@
 //! The images that are put to the test.
+mod vhd;
+
 use std::sync::Arc;
 
 use blktap::formats::{Format, ImageError, RawFormat};
@@ -14,7 +16,17 @@ pub const CUTS: u64 = 10_000;
 
 /// All of them.
 pub fn all() -> Vec<Box<dyn Case>> {
-    vec![Box::new(Raw), Box::new(Own)]
+    use vhd::Kind::{Differencing, Dynamic, Fixed};
+    let vhd =
+        |kind, block, sectors| -> Box<dyn Case> { Box::new(vhd::VhdCase { kind, block, sectors }) };
+    vec![
+        Box::new(Raw),
+        Box::new(Own),
+        vhd(Fixed, 512, 136),
+        vhd(Dynamic, 4096, 136),
+        vhd(Differencing, 4096, 136),
+        vhd(Dynamic, 2 << 20, 8160),
+    ]
 }
 
 /// Plain bytes.

@@ -28,6 +28,9 @@ pub fn bytes_of(tag: u32, sectors: Range<u64>) -> Vec<u8> {
 
 /// The tag of a sector's bytes; `None` where they are no sector that was ever written there.
 pub fn tag_of(bytes: &[u8], sector: u64) -> Option<u32> {
+    if bytes == [0; SECTOR] {
+        return Some(0);
+    }
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[..8]);
     let tag = (u64::from_le_bytes(word) >> 32) as u32;

@@ -109,7 +109,7 @@ fn look(
 ) -> Result<(), String> {
     if plan.qemu > 0 && case.qemu().is_some() && random.one_in(plan.qemu) {
         tally.qemu += 1;
-        qemu::check_cut(case, &state)?;
+        qemu::second_opinion(case, &state, allowed)?;
     }
     let journal = Journal::new(state.clone());
     let files = journal.storages();
