@@ -4,3 +4,4 @@ pub mod check;
 pub mod entry;
 pub mod extension;
 pub mod header;
+pub mod offline;
