@@ -16,15 +16,19 @@ impl Offline<'_> {
                 return Ok(false);
             }
             if self.blocks.offset(index)?.is_none() {
-                self.new_block(index, start.max(index * per))?;
+                // At the start of the run, so that it does not cut it in two.
+                self.new_block(index, start)?;
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Block `index` in `cluster`, which it counts itself.
+    /// Block `index` in `cluster`, which a block counts already or this one will.
     fn new_block(&mut self, index: u64, cluster: u64) -> Result<(), ImageError> {
+        if cluster / self.blocks.per_block() != index {
+            self.set_refcount(cluster, 1)?;
+        }
         self.write_block(index, cluster, cluster..cluster + 1)?;
         self.sync()?;
         let mut table = self.blocks.table().to_vec();
