@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use blktap::blocking;
 use blktap::formats::vhd::{Kind, Naming, NewParent, ParentState, Shape};
 use blktap::formats::{Format, RawFormat};
 use blktap::image::{self, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
-use blktap::blocking;
 
 use super::driver::Driver;
 use super::{Numbers, create, folder, open_vhd, pattern, qemu, storage};
