@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
+use crate::formats::qcow::Qcow;
 use crate::formats::vhd::Vhd;
 use crate::formats::{BackingName, Format, ImageError, RawFormat};
 use crate::storage::{
@@ -228,9 +229,8 @@ impl Opener<'_> {
                 Ok(Arc::new(raw))
             }
             ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
-            ImageFormat::Qcow | ImageFormat::Qcow2 => {
-                Err(ImageError::Unsupported(format!("format {format}")))
-            }
+            ImageFormat::Qcow => Ok(Arc::new(Qcow::open(storage)?)),
+            ImageFormat::Qcow2 => Err(ImageError::Unsupported(format!("format {format}"))),
         }
     }
 

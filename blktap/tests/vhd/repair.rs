@@ -56,7 +56,8 @@ fn damage_that_loses_nothing_is_repaired() {
     let model = three_blocks(&path);
     let good = std::fs::read(&path).expect("the image");
     let end = good.len();
-    let damages: [(&str, &dyn Fn(&mut Vec<u8>)); 8] = [
+    type Damage<'a> = (&'a str, &'a dyn Fn(&mut Vec<u8>));
+    let damages: [Damage<'_>; 8] = [
         ("no footer", &|b| b.truncate(end - 512)),
         ("a damaged footer", &|b| b[end - 100] ^= 1),
         ("no footer and something behind", &|b| {
