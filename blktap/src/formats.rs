@@ -23,6 +23,7 @@ mod error;
 mod guards;
 mod leases;
 mod raw;
+pub mod vhd;
 mod wait;
 
 use std::io;

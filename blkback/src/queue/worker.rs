@@ -13,7 +13,7 @@ use rings::{BackRing, Notify, Pending, Table};
 
 use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
-use super::poll::Poller;
+use super::poll::Pollers;
 use super::slots::{Place, Slot, Slots, Stage, Work};
 use crate::counters::QueueCounters;
 use crate::proto::{
@@ -91,7 +91,7 @@ pub(super) struct Worker<A: Abi> {
     pub shared: Arc<Shared>,
     pub limits: Limits,
     pub counters: Handle<QueueCounters>,
-    pub poller: Poller,
+    pub pollers: Pollers,
     pub run: Run,
 }
 
@@ -164,11 +164,11 @@ impl<A: Abi> Worker<A> {
         while !self.shared.stopping() {
             let worked = self.round()?;
             if worked {
-                self.poller.worked(&self.counters);
+                self.pollers.worked(&self.counters);
                 continue;
             }
-            // Also while the disk works: what it completes shows in the ring's memory.
-            if self.poller.spin(&self.counters) {
+            // Also while the disk works: what it completes shows in its ring's memory.
+            if self.pollers.of(self.disk.in_flight()).spin() {
                 continue;
             }
             self.sleep()?;
@@ -193,7 +193,7 @@ impl<A: Abi> Worker<A> {
     /// Takes over knobs that were changed meanwhile.
     fn take_knobs(&mut self) {
         if let Some(config) = self.shared.changed(&mut self.run.changes) {
-            self.poller.set_max(config.poll_us);
+            self.pollers.set_max(config.poll_us);
             self.memory.set_limits(&config);
         }
     }
@@ -522,9 +522,10 @@ impl<A: Abi> Worker<A> {
         let before = self.run.clock.elapsed().as_nanos() as u64;
         self.memory.expire(before);
         let timeout = self.memory.patience();
+        let in_flight = self.disk.in_flight();
         let ready = self.disk.wait(&[self.channel.as_fd(), self.shared.wake()], timeout)?;
         self.read_clock();
-        self.poller.slept(self.run.now - before);
+        self.pollers.of(in_flight).slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
             self.run.rung = true;

@@ -73,15 +73,15 @@ impl Client for Front {
     }
 }
 
-/// System calls on the backend's data path: enters of its engine, or sleeps where it has none,
-/// and a write or a read for each notification.
+/// System calls on the backend's data path: enters of its engine and writes beside it, or sleeps
+/// where it has none, and a write or a read for each notification.
 fn backend_calls(stats: &mut Reader) -> io::Result<u64> {
     let s = stats.snapshot().map_err(io::Error::other)?;
     let value = |block: &str, name: &str| s.value(block, name).unwrap_or(0);
     let events = value("ring-0", "notifications_sent") + value("ring-0", "notifications_received");
     let sleeps = match value("engine-0", "enters") {
         0 => value("queue-0", "sleeps"),
-        enters => enters,
+        enters => enters + value("engine-0", "inline_writes"),
     };
     Ok(events + sleeps)
 }
