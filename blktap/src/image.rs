@@ -3,8 +3,10 @@ mod chain;
 mod log;
 mod lower;
 mod open;
+mod probe;
 mod queue;
 mod requests;
+mod status;
 mod transfer;
 mod workers;
 
@@ -18,7 +20,9 @@ pub use open::{
     BackingPolicy, ImageFormat, ImageOpenError, ImageOptions, MAX_CHAIN, open, open_image,
     open_layers,
 };
+pub use probe::probe;
 pub use queue::ImageQueue;
+pub use status::{Status, StatusPlace};
 pub use workers::Blocking;
 
 use crate::disk::{Disk, DiskQueue, Geometry, Kept, Region};
