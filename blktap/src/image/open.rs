@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
 use crate::formats::qcow2::header::Header;
-use crate::formats::qcow2::{Qcow2, Qcow2Options};
+use crate::formats::qcow2::{L2Cache, Qcow2, Qcow2Options};
 use crate::formats::vhd::Vhd;
 use crate::formats::{BackingName, Format, ImageError, RawFormat};
 use crate::storage::{
@@ -225,35 +225,33 @@ impl Opener<'_> {
     ) -> Result<Arc<dyn Format>, ImageError> {
         let storage: Arc<dyn Storage> = self.storage(file)?;
         match format {
-            ImageFormat::Qcow2 => {
-                let data = self.data_file(file, &Header::read(&*storage)?)?;
-                Ok(Arc::new(Qcow2::open(storage, data, &Qcow2Options::default())?))
-            }
             ImageFormat::Raw => {
                 let raw = RawFormat::new(storage).map_err(ImageError::io("find the size"))?;
                 Ok(Arc::new(raw))
             }
             ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
+            ImageFormat::Qcow2 => self.qcow2(file, storage),
             ImageFormat::Qcow => Err(ImageError::Unsupported(format!("format {format}"))),
         }
     }
 
-    /// Opens the external data file of a QCOW2 image, if it has one.
-    fn data_file(
+    fn qcow2(
         &mut self,
-        image: &OpenOptions,
-        header: &Header,
-    ) -> Result<Option<Arc<dyn Storage>>, ImageError> {
-        if !header.has_data_file() {
-            return Ok(None);
+        file: &OpenOptions,
+        storage: Arc<dyn Storage>,
+    ) -> Result<Arc<dyn Format>, ImageError> {
+        let header = Header::read(&*storage)?;
+        let mut data: Option<Arc<dyn Storage>> = None;
+        if header.has_data_file() {
+            let name = header.data_file.as_deref().unwrap_or_default();
+            let found = self.allowed(&file.path, name, "data file")?;
+            data = Some(self.storage(&OpenOptions { path: found, ..file.clone() })?);
         }
-        let Some(name) = &header.data_file else {
-            let text = "an external data file without a name";
-            return Err(ImageError::Unsupported(text.into()));
-        };
-        let found = self.allowed(&image.path, name, "data file")?;
-        let storage = self.storage(&OpenOptions { path: found, ..image.clone() })?;
-        Ok(Some(storage))
+        let mut options = Qcow2Options::default();
+        if let Some(bytes) = self.options.cache_bytes {
+            options.l2_cache = L2Cache::Bytes(bytes);
+        }
+        Ok(Arc::new(Qcow2::open(storage, data, &options)?))
     }
 
     /// The first of the names by which there is a file that may be opened, else the first.
