@@ -23,7 +23,6 @@ use std::process::ExitCode;
 use super::Result;
 use crate::cli::disk::Disk;
 
-
 /// Exit status of a wrong use.
 const USAGE: u8 = 2;
 

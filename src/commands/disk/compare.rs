@@ -53,7 +53,8 @@ fn verdict(a: &dyn Disk, b: &dyn Disk, strict: bool, work: &mut Work) -> Result<
     let total = a.geometry().size.max(b.geometry().size);
     let compared = copy::compare(a, b, &mut |done| work.tick(done, total))?;
     Ok(match compared {
-        Compared::Differ(at) => Verdict::Content(at),
+        // The sector, as qemu-img says.
+        Compared::Differ(at) => Verdict::Content(at - at % 512),
         Compared::Identical if strict => match allocation(a, b)? {
             Some(at) => Verdict::Allocation(at),
             None => Verdict::Identical,

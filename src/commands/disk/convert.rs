@@ -136,7 +136,14 @@ fn fill(
     }
     let mut plan = plan(source, with_backing, how.sparse.is_some());
     if options.compress {
-        return formats::pack(Path::new(&options.target), target.format, source, &mut how, &mut plan, work);
+        return formats::pack(
+            Path::new(&options.target),
+            target.format,
+            source,
+            &mut how,
+            &mut plan,
+            work,
+        );
     }
     let disk = open_target(options, target, with_backing)?;
     let there = disk.geometry().size;
@@ -170,11 +177,7 @@ fn is_device(path: &str) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }
 
-fn open_target(
-    options: &Convert,
-    target: &Target,
-    with_backing: bool,
-) -> Result<Arc<ImageDisk>> {
+fn open_target(options: &Convert, target: &Target, with_backing: bool) -> Result<Arc<ImageDisk>> {
     let opening = existing(options);
     let file: OpenOptions = opening.file_options().access(Access::ReadWrite);
     // What a new target builds on was named by the caller: but it is read only for clusters that

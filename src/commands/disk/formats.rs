@@ -1,5 +1,6 @@
 //! What the commands have to know of each format.
 
+mod qcow2;
 mod raw;
 mod vhd;
 
@@ -94,6 +95,7 @@ pub fn details(opening: &Opening<'_>, format: ImageFormat) -> Result<Details> {
             Ok(Details { size, ..Details::default() })
         }
         ImageFormat::Vhd => vhd::details(storage).map_err(about(opening.file)),
+        ImageFormat::Qcow2 => qcow2::details(&*storage).map_err(about(opening.file)),
         other => Err(format!("{}: format {other} is not supported", opening.file).into()),
     }
 }
@@ -110,9 +112,13 @@ pub fn check(
     repair: Option<Repair>,
     work: &mut Work,
 ) -> Result<Option<Checked>> {
-    let _ = (repair, work);
+    let _ = work;
+    if format == ImageFormat::Raw {
+        return Ok(None);
+    }
+    let storage = opening.storage()?;
     match format {
-        ImageFormat::Raw => Ok(None),
+        ImageFormat::Vhd => Ok(Some(vhd::check(&*storage, repair).map_err(about(opening.file))?)),
         other => Err(format!("{}: format {other} cannot be checked", opening.file).into()),
     }
 }
@@ -127,6 +133,7 @@ pub fn resize(
     let storage = opening.clone().alone().storage()?;
     match format {
         ImageFormat::Raw => raw::resize(&storage, wanted, work),
+        ImageFormat::Vhd => vhd::resize(&*storage, wanted).map_err(about(opening.file)),
         other => Err(format!("{}: format {other} cannot be resized", opening.file).into()),
     }
 }
@@ -186,8 +193,13 @@ pub fn set_backing(
     format: ImageFormat,
     backing: Option<&NewBacking>,
 ) -> Result<()> {
-    let _ = backing;
-    Err(format!("{}: format {format} cannot be rebased", opening.file).into())
+    match format {
+        ImageFormat::Qcow2 => {
+            let storage = opening.clone().alone().storage()?;
+            qcow2::set_backing(&*storage, backing).map_err(about(opening.file))
+        }
+        other => Err(format!("{}: format {other} cannot be rebased", opening.file).into()),
+    }
 }
 
 /// Whether the image can be emptied after a commit.

@@ -72,9 +72,8 @@ fn settle(opening: &Opening<'_>, new: Option<&ImageDisk>, work: &mut Work) -> Re
     let mut tick = |done| work.tick(done, size);
     // The image is read and written at once, but never in the same place: what it reads as does
     // not change.
-    let copied =
-        copy::copy(&*image, &*image, &options, &mut plan, Some(&mut look), &mut tick)
-            .map_err(|e| format!("{}: {e}; it still builds on what it did", opening.file))?;
+    let copied = copy::copy(&*image, &*image, &options, &mut plan, Some(&mut look), &mut tick)
+        .map_err(|e| format!("{}: {e}; it still builds on what it did", opening.file))?;
     image.close().map_err(about(opening.file))?;
     Ok(copied.written)
 }

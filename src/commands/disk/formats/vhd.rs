@@ -4,15 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blktap::formats::Format;
-use blktap::formats::vhd::{CreateOptions, Kind, NewParent, Shape, Vhd};
+use blktap::formats::vhd::{CreateOptions, Kind, NewParent, Repair as Repairs, Shape, Vhd};
 use blktap::image::ImageFormat;
 use blktap::storage::{FileStorage, Storage};
 
+use super::super::check::Checked;
 use super::super::create::{NewBacking, NewImage};
 use super::super::open::{Opening, beside};
+use super::super::resize::Wanted;
 use super::super::work::Work;
 use super::super::{Result, Usage, about};
 use super::Details;
+use crate::cli::disk::{Preallocation, Repair};
 
 pub const HELP: &str = "\
 size=SIZE             bytes of the disk
@@ -66,7 +69,7 @@ pub fn describe(image: &Path, backing: &NewBacking) -> Result<NewParent> {
         ImageFormat::Vhd => {
             let allow = Default::default();
             let storage = Opening::to_read(&name, Some("vhd"), &allow).storage()?;
-            Some(Vhd::open(storage).map_err(about(&name))?.id())
+            Vhd::open(storage).map_err(about(&name))?.unique_id()
         }
         other => {
             let text = format!("{name}: a VHD builds on a VHD or on raw bytes, not on {other}");
@@ -89,4 +92,36 @@ pub fn details(storage: Arc<FileStorage>) -> Result<Details> {
         backing: image.backing(),
         ..Details::default()
     })
+}
+
+pub fn check(storage: &dyn Storage, repair: Option<Repair>) -> Result<Checked> {
+    let repair = match repair {
+        None => Repairs::Nothing,
+        Some(Repair::Leaks) => Repairs::Leaks,
+        Some(Repair::All) => Repairs::All,
+    };
+    let report = Vhd::check(storage, repair)?;
+    Ok(Checked {
+        numbers: vec![
+            ("image-end-offset", report.image_end),
+            ("total-clusters", report.total_blocks),
+            ("allocated-clusters", report.allocated_blocks),
+        ],
+        findings: report.findings,
+        corruptions: report.corruptions.saturating_sub(report.corruptions_fixed),
+        leaks: report.leaks.saturating_sub(report.leaks_fixed),
+        corruptions_fixed: report.corruptions_fixed,
+        leaks_fixed: report.leaks_fixed,
+        errors: 0,
+    })
+}
+
+pub fn resize(storage: &dyn Storage, wanted: &Wanted) -> Result<()> {
+    if wanted.new < wanted.old {
+        return Err("a VHD cannot be made smaller: convert it".into());
+    }
+    if wanted.preallocation != Preallocation::Off {
+        return Err(Usage("--preallocation: vhd has only off".into()).into());
+    }
+    Ok(Vhd::grow(storage, wanted.new)?)
 }
