@@ -54,7 +54,9 @@ pub fn run(cli: Cli) -> Result {
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Disk(_) => Ok(ExitCode::SUCCESS),
+        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Disk(_) => {
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {
