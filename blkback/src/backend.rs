@@ -4,9 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blktap::disk::RawDisk;
-use blktap::storage::{Access, Cache, OpenOptions};
-use blktap::{Disk, Geometry};
+use blktap::storage::{Access, Cache};
+use blktap::{Disk, Geometry, OpenAs};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
@@ -322,16 +321,9 @@ impl Device for BlkDevice {
     }
 }
 
-/// Opens `FORMAT:TARGET` from a node: raw files and block devices so far.
+/// Opens `FORMAT:TARGET` from a node.
 pub fn open_target(wanted: &Wanted) -> Result<Arc<dyn Disk>, Fault> {
-    let (format, target) = match wanted.params.split_once(':') {
-        Some((format, target)) if !format.contains('/') => (format, target),
-        _ => ("raw", wanted.params.as_str()),
-    };
-    if format != "raw" {
-        return Err(Fault(format!("{}: format {format} is not supported; use raw", wanted.params)));
-    }
-    let options = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
-    let disk = RawDisk::open(&options).map_err(|e| Fault(e.to_string()))?;
-    Ok(disk)
+    let (format, target) = blktap::split_target(&wanted.params);
+    let how = OpenAs { access: wanted.access, cache: wanted.cache };
+    blktap::open_disk(format, target, how).map_err(|e| Fault(e.to_string()))
 }

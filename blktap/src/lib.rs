@@ -2,10 +2,13 @@
 pub mod blocking;
 pub mod disk;
 pub mod engine;
+pub mod export;
 pub mod faults;
+mod open;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
+pub use open::{OpenAs, open_disk, split_target};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
