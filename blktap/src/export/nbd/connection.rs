@@ -3,6 +3,7 @@
 //! has put it; in between it sleeps for the socket and for completions in one call.
 
 mod input;
+mod poller;
 mod replies;
 mod requests;
 mod slots;
@@ -24,6 +25,7 @@ use super::status::{StatusThread, Subject};
 use super::transport::Transport;
 use crate::disk::{DiskQueue, Done};
 use input::{Input, Received};
+use poller::Poller;
 pub use slots::SLOTS;
 use slots::Slots;
 
@@ -86,6 +88,10 @@ pub(super) struct Connection<'a> {
     punches: bool,
     /// The write whose payload is being received, and how much of it is there.
     receiving: Option<(u32, usize)>,
+    /// Whether the last receive has brought something, and whether there may be more that no
+    /// descriptor tells of.
+    came: bool,
+    more: bool,
     /// Bytes of a refused write that are to be skipped.
     skip: usize,
     /// Slots that the queue had no room for.
@@ -95,6 +101,7 @@ pub(super) struct Connection<'a> {
     sent: usize,
     done: Vec<Done>,
     status: Option<StatusThread>,
+    poller: Poller,
     wake: Arc<OwnedFd>,
     stop: BorrowedFd<'a>,
     mode: Mode,
@@ -123,12 +130,15 @@ impl<'a> Connection<'a> {
             block: export.disk.geometry().logical_block,
             export,
             receiving: None,
+            came: false,
+            more: true,
             skip: 0,
             waiting: VecDeque::with_capacity(SLOTS as usize),
             out: VecDeque::with_capacity(SLOTS as usize),
             sent: 0,
             done: Vec::with_capacity(SLOTS as usize),
             status: None,
+            poller: Poller::new(),
             wake: Arc::new(wake.map_err(|e| Cause::Resources(e.into()))?),
             stop,
             mode: Mode::Open,
@@ -139,7 +149,6 @@ impl<'a> Connection<'a> {
 
     /// Serves until either side is done: how many requests there were.
     pub fn run(&mut self) -> Result<u64, Cause> {
-        let mut more = true;
         loop {
             let taking = self.parse()?;
             self.complete()?;
@@ -153,19 +162,36 @@ impl<'a> Connection<'a> {
                 return Ok(self.requests);
             }
             let taking = taking && self.mode == Mode::Open;
-            if !(more && taking) {
-                more = self.sleep(taking)?;
+            if self.more && taking {
+                self.receive()?;
+                continue;
             }
-            if more && taking {
-                more = self.receive()?;
+            let mut poller = std::mem::replace(&mut self.poller, Poller::new());
+            let found = poller.poll(|| self.look(taking));
+            self.poller = poller;
+            if !found? {
+                self.sleep(taking)?;
             }
         }
     }
 
-    /// Waits for something to do. Says whether it is bytes from the client.
-    fn sleep(&mut self, taking: bool) -> Result<bool, Cause> {
-        if !self.out.is_empty() || !self.waiting.is_empty() && self.queue.in_flight() == 0 {
+    /// Looks once whether there is something to do.
+    fn look(&mut self, taking: bool) -> Result<bool, Cause> {
+        self.queue.poll(&mut self.done).map_err(Cause::Disk)?;
+        if !self.done.is_empty() {
+            return Ok(true);
+        }
+        if !taking {
             return Ok(false);
+        }
+        self.receive()?;
+        Ok(self.came)
+    }
+
+    /// Waits for something to do, or for bytes from the client.
+    fn sleep(&mut self, taking: bool) -> Result<(), Cause> {
+        if !self.waiting.is_empty() && self.queue.in_flight() == 0 {
+            return Ok(());
         }
         let fds = [self.wake.as_fd(), self.transport.as_fd(), self.stop];
         // In the order of their numbers: the first is always there, the last only in time.
@@ -182,11 +208,12 @@ impl<'a> Connection<'a> {
         if is(stop) {
             self.end_for_server();
         }
-        Ok(is(socket) && self.mode == Mode::Open)
+        self.more |= is(socket) && self.mode == Mode::Open;
+        Ok(())
     }
 
-    /// Receives what is there. Says whether there may be more.
-    fn receive(&mut self) -> Result<bool, Cause> {
+    /// Receives what is there.
+    fn receive(&mut self) -> Result<(), Cause> {
         let payload = match self.receiving {
             Some((slot, got)) => {
                 let slot = self.slots.get_mut(slot);
@@ -196,6 +223,7 @@ impl<'a> Connection<'a> {
         };
         let received = self.input.receive(&mut self.transport, payload);
         let (received, more) = received.map_err(Cause::Socket)?;
+        (self.came, self.more) = (received != Received::Nothing, more);
         match (received, &mut self.receiving) {
             (Received::Payload(n), Some((_, got))) => *got += n,
             (Received::End, _) => {
@@ -204,7 +232,7 @@ impl<'a> Connection<'a> {
             }
             _ => {}
         }
-        Ok(more)
+        Ok(())
     }
 
     /// A write that is not whole is none.
