@@ -192,6 +192,11 @@ pub struct ExportNbd {
     /// How the host's page cache is used.
     #[arg(long, value_enum, default_value = "none")]
     pub cache: CacheMode,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    ///
+    /// Without it an image may build only on files in its own folder.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
     /// Demand TLS: a folder with ca-cert.pem, server-cert.pem and server-key.pem, as QEMU's
     /// tls-creds-x509. Clients need a certificate that the authority has signed. (There are no
     /// pre-shared keys: rustls has none.)
@@ -288,6 +293,11 @@ pub struct Serve {
     /// Set a knob (see `ringback knobs`); may be repeated.
     #[arg(long = "set", value_name = "KNOB=VALUE")]
     pub set: Vec<String>,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    ///
+    /// Without it an image may build only on files in its own folder.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
 }
 
 #[derive(Subcommand)]

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blktap::storage::{Access, Cache};
-use blktap::{Disk, Geometry, OpenAs};
+use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
+use blktap::storage::{Access, Cache, OpenOptions};
+use blktap::{Disk, Geometry};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
@@ -321,9 +322,21 @@ impl Device for BlkDevice {
     }
 }
 
-/// Opens `FORMAT:TARGET` from a node.
-pub fn open_target(wanted: &Wanted) -> Result<Arc<dyn Disk>, Fault> {
-    let (format, target) = blktap::split_target(&wanted.params);
-    let how = OpenAs { access: wanted.access, cache: wanted.cache };
-    blktap::open_disk(format, target, how).map_err(|e| Fault(e.to_string()))
+/// Opens what a node's `FORMAT:TARGET` names; a target alone is raw. Images that build on others
+/// open these as `backing` allows.
+pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn Disk>, Fault> {
+    let (format, target) = match wanted.params.split_once(':') {
+        Some((format, target)) if !format.contains('/') => (format, target),
+        _ => ("raw", wanted.params.as_str()),
+    };
+    let told = |e: &dyn std::fmt::Display| Fault(format!("{}: {e}", wanted.params));
+    let format: ImageFormat = format.parse().map_err(|e| told(&e))?;
+    let file = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
+    let options = ImageOptions::new(format, file).backing(backing.clone());
+    image::open(&options).map_err(|e| Fault(e.to_string()))
+}
+
+/// As [`open_target`], for a [`BlkBackend`].
+pub fn opener(backing: BackingPolicy) -> Arc<Open> {
+    Arc::new(move |wanted: &Wanted| open_target(wanted, &backing))
 }

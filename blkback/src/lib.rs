@@ -15,7 +15,7 @@ pub mod negotiate;
 pub mod proto;
 mod queue;
 
-pub use backend::{BlkBackend, Open, SCRIPT, Wanted, open_target};
+pub use backend::{BlkBackend, Open, SCRIPT, Wanted, open_target, opener};
 pub use config::Config;
 pub use counters::QueueCounters;
 pub use frontend::{BlkFront, FrontOptions};

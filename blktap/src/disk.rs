@@ -16,6 +16,7 @@ use perf::Handle;
 use crate::engine::EngineCounters;
 pub use mem::{MemDisk, Volatility};
 pub use null::NullDisk;
+pub(crate) use null::wait_for;
 pub use raw::{RawDisk, RawQueue};
 
 /// Most pieces of memory in one request, after neighbours were joined; more is EINVAL.
@@ -216,7 +217,7 @@ pub trait DiskQueue: Send {
     /// Appends what is done. Makes no system call when nothing was taken since the last one,
     /// unless the kernel has flagged that completions wait for one.
     fn poll(&mut self, done: &mut Vec<Done>) -> io::Result<()>;
-    /// Sends what was taken and sleeps until a request is done, one of `fds` (at most 64) is
+    /// Sends what was taken and sleeps until a request is done, one of `fds` (at most 63) is
     /// readable, or `timeout` is over (`None`: no limit). Returns a bit for each readable fd.
     /// May return earlier (a signal). Errors and hang-ups of a descriptor count as readable.
     ///

@@ -58,6 +58,15 @@ pub enum FileKind {
     Block,
 }
 
+/// What a read finds beyond the end of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PastEnd {
+    /// EIO: the file is the disk, and has shrunk.
+    Error,
+    /// Zeroes: the file grows as an image format writes to it.
+    Zeroes,
+}
+
 /// A file that an engine does I/O on.
 #[derive(Clone, Debug)]
 pub struct EngineFile {
@@ -70,6 +79,8 @@ pub struct EngineFile {
     pub memory_align: u32,
     /// Alignment that the file asks of each segment's length, 1 for none.
     pub length_align: u32,
+    /// What a read finds beyond its end.
+    pub past_end: PastEnd,
     /// The errno of the first sync that failed, 0 before. The kernel reports lost writes once:
     /// whoever shares the file looks here.
     pub sync_failed: Arc<AtomicI32>,

@@ -4,11 +4,12 @@ pub mod disk;
 pub mod engine;
 pub mod export;
 pub mod faults;
-mod open;
+pub mod formats;
+pub mod image;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;
-pub use open::{OpenAs, open_disk, split_target};
+pub use image::ImageDisk;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use blkback::{BlkBackend, Config, Open, Wanted};
 use blktap::NullDisk;
+use blktap::image::BackingPolicy;
 use hypervisor::DomId;
 use hypervisor::xenbus::{self, Nodesets, Options, Scope};
 
@@ -37,7 +38,8 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
-    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open(disks));
+    let open = open(disks, BackingPolicy::Allow(serve.allow_backing.clone()));
+    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open);
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },
@@ -48,11 +50,11 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
 }
 
 /// How disks are opened.
-fn open(disks: Disks) -> Arc<Open> {
+fn open(disks: Disks, backing: BackingPolicy) -> Arc<Open> {
     #[cfg(feature = "test-faults")]
-    let real = faulty::open();
+    let real = faulty::open(backing);
     #[cfg(not(feature = "test-faults"))]
-    let real: Arc<Open> = Arc::new(blkback::open_target);
+    let real = blkback::opener(backing);
     match disks {
         Disks::Real => real,
         Disks::WithNull => Arc::new(move |wanted: &Wanted| match null_of(wanted) {

@@ -138,6 +138,9 @@ impl Daemon<'_> {
         for knob in &self.serve.set {
             command.arg("--set").arg(knob);
         }
+        for folder in &self.serve.allow_backing {
+            command.arg("--allow-backing").arg(folder);
+        }
         let child = command.spawn()?;
         tracing::info!("process {} serves domain {domid}", child.id());
         Ok(child)

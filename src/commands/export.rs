@@ -3,10 +3,12 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use blktap::export::nbd::{Export, Limits, Server, proto, tls};
-use blktap::storage::{Access, Cache};
-use blktap::{OpenAs, open_disk, split_target};
+use blktap::Disk;
+use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::storage::{Access, Cache, OpenOptions};
 use crossbeam::channel::Receiver;
 
 use super::Result;
@@ -25,30 +27,31 @@ impl From<CacheMode> for Cache {
 
 /// The images under their names.
 fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
-    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let how = OpenAs { access, cache: options.cache.into() };
     let mut all = Vec::new();
     if let Some(image) = &options.image {
         let path = image.to_str().ok_or("the image's path is not UTF-8")?;
-        let mut export = Export::new(&options.name, open(&options.format, path, how)?);
+        let mut export = Export::new(&options.name, open(&options.format, path, options)?);
         export.description = options.description.clone();
         all.push(export);
     }
     for text in &options.export {
-        let (name, target) = text
-            .split_once('=')
-            .ok_or_else(|| format!("--export {text}: write NAME=FORMAT:PATH"))?;
-        let (format, path) = split_target(target);
-        all.push(Export::new(name, open(format, path, how)?));
-    }
-    for export in &mut all {
-        export.access = access;
+        let (name, target) =
+            text.split_once('=').ok_or_else(|| format!("--export {text}: write NAME=FORMAT:PATH"))?;
+        let (format, path) = match target.split_once(':') {
+            Some((format, path)) if !format.contains('/') => (format, path),
+            _ => ("raw", target),
+        };
+        all.push(Export::new(name, open(format, path, options)?));
     }
     Ok(all)
 }
 
-fn open(format: &str, path: &str, how: OpenAs) -> Result<std::sync::Arc<dyn blktap::Disk>> {
-    Ok(open_disk(format, path, how)?)
+fn open(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Disk>> {
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let file = OpenOptions::new(path).access(access).cache(options.cache.into());
+    let backing = BackingPolicy::Allow(options.allow_backing.clone());
+    let image = ImageOptions::new(format.parse()?, file).backing(backing);
+    Ok(image::open(&image)?)
 }
 
 /// A descriptor that becomes readable at the first signal.

@@ -253,7 +253,7 @@ fn a_read_only_disk_and_a_cd() {
         let path = dir.path().join("image");
         std::fs::write(&path, pattern(1 << 20, 4)).unwrap();
         let params = format!("raw:{}", path.display());
-        let rig = Rig::start(Arc::new(blkback::open_target));
+        let rig = Rig::start(blkback::opener(blktap::image::BackingPolicy::Refuse));
         rig.attach("cache=writeback", &[keys, &[("params", &*params)]].concat());
         let front = rig.connect(FrontOptions::default());
         assert!(front.geometry().read_only);

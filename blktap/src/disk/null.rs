@@ -90,7 +90,7 @@ impl DiskQueue for NullQueue {
 const LONGEST_WAIT: Duration = Duration::from_secs(365 * 86400);
 
 /// poll(2) on up to 64 descriptors; a bit for each that is readable, none after a signal.
-pub(super) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
+pub(crate) fn wait_for(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
     if fds.is_empty() && timeout.is_none_or(|t| t.is_zero()) {
         return Ok(0);
     }

@@ -12,39 +12,34 @@ use perf::Handle;
 
 use super::{Discarded, Disk, DiskQueue, Done, Full, Geometry, Kept, Op, Region, Request};
 use crate::engine::{
-    Durability, Engine, EngineConfig, EngineCounters, EngineFile, EngineOp, FileKind, RingMode,
-    SetupError, Transfer,
+    Durability, Engine, EngineConfig, EngineCounters, EngineOp, FileKind, RingMode, SetupError,
+    Transfer,
 };
-use crate::storage::{self, Access, Cache, Medium, OpenError, OpenOptions, Storage};
+use crate::storage::{self, Access, Cache, FileStorage, Medium, OpenError, OpenOptions, Storage};
 
 /// A raw image or a block device.
 ///
 /// A tail that is not a whole logical block is not part of the disk (one log line says so at
 /// open). Writes never change the size. See [`Cache`] for what a flush does.
 pub struct RawDisk {
-    storage: Storage,
+    storage: FileStorage,
     size: Arc<AtomicU64>,
-    sync_failed: Arc<AtomicI32>,
 }
 
 impl RawDisk {
     /// Opens and locks; see [`storage::open`].
     pub fn open(options: &OpenOptions) -> Result<Arc<Self>, OpenError> {
         let storage = storage::open(options)?;
-        let size = storage.size().map_err(|source| OpenError::Io {
+        let size = storage.whole_blocks().map_err(|source| OpenError::Io {
             path: options.path.clone(),
             what: "find the size of",
             source,
         })?;
-        Ok(Arc::new(RawDisk {
-            storage,
-            size: Arc::new(AtomicU64::new(size)),
-            sync_failed: Arc::default(),
-        }))
+        Ok(Arc::new(RawDisk { storage, size: Arc::new(AtomicU64::new(size)) }))
     }
 
     /// What was opened: the path, the caching mode in force, what was found out.
-    pub fn storage(&self) -> &Storage {
+    pub fn storage(&self) -> &FileStorage {
         &self.storage
     }
 
@@ -56,18 +51,15 @@ impl RawDisk {
     /// A queue with an engine in at most the given mode; [`Disk::queue`] takes the newest.
     pub fn queue_in_mode(&self, depth: u32, newest: RingMode) -> Result<RawQueue, SetupError> {
         let probe = &self.storage.probe;
-        let file = EngineFile {
-            file: Arc::clone(&self.storage.file),
-            kind: probe.kind,
-            memory_align: probe.memory_align,
-            length_align: probe.length_align,
-            sync_failed: Arc::clone(&self.sync_failed),
-        };
-        let engine = Engine::new(EngineConfig { depth, files: vec![file], newest })?;
+        let engine = Engine::new(EngineConfig {
+            depth,
+            files: self.storage.engine_file().into_iter().collect(),
+            newest,
+        })?;
         Ok(RawQueue {
             engine,
             size: Arc::clone(&self.size),
-            sync_failed: Arc::clone(&self.sync_failed),
+            sync_failed: Arc::clone(&self.storage.sync_failed),
             logical: u64::from(probe.logical),
             cache: self.storage.cache,
             access: self.storage.access,
@@ -93,7 +85,7 @@ impl Disk for RawDisk {
     }
 
     fn refresh(&self) -> io::Result<Geometry> {
-        self.size.store(self.storage.size()?, Ordering::Relaxed);
+        self.size.store(self.storage.whole_blocks()?, Ordering::Relaxed);
         Ok(self.geometry())
     }
 
@@ -229,7 +221,7 @@ mod tests {
             blocking::flush(&mut **q).expect("nothing lost yet");
         }
         // As the engine does when fsync reports an error.
-        disk.sync_failed.store(libc::EIO, Ordering::Relaxed);
+        disk.storage.sync_failed.store(libc::EIO, Ordering::Relaxed);
         for q in &mut queues {
             let error = blocking::flush(&mut **q).expect_err("writes were lost");
             assert_eq!(error.raw_os_error(), Some(libc::EIO));

@@ -11,7 +11,7 @@ use libc::iovec;
 
 use super::bounce::{self, BOUNCE_LEN, BouncePool, Way};
 use super::ioctl::{Call, IoctlThread};
-use super::{Durability, EngineCounters, EngineFile, EngineOp, FileKind, Transfer};
+use super::{Durability, EngineCounters, EngineFile, EngineOp, FileKind, PastEnd, Transfer};
 use crate::disk::{Done, MAX_SEGMENTS};
 
 /// How often a request is sent again after EAGAIN or EINTR before the error is its answer.
@@ -338,13 +338,14 @@ impl Ops {
 
     /// A completion from the kernel (`res`: bytes or a negative errno).
     pub(super) fn complete(&mut self, index: u32, res: i32, sq: &mut Sq<'_>, c: &EngineCounters) {
-        let Some(op) = self.slots.get_mut(index as usize) else { return };
+        let Some(op) = self.slots.get(index as usize).copied() else { return };
         if res < 0 {
             return self.failed(index, -res, sq, c);
         }
         match op.kind {
             Kind::Sync | Kind::Punch | Kind::Ioctl(_) => self.finish(index, 0),
             Kind::Zero(ZeroMethod::ZeroRange | ZeroMethod::PunchHole) => self.finish(index, 0),
+            Kind::Read if res == 0 && self.zeroes_past_end(index) => self.fill_rest(index),
             // Nothing read: the file has shrunk. Nothing written: no sensible device does that.
             _ if res == 0 => self.finish(index, libc::EIO),
             _ => {
@@ -412,9 +413,29 @@ impl Ops {
             let failed = &self.files[usize::from(op.file)].0.sync_failed;
             let _ = failed.compare_exchange(0, errno, Ordering::Relaxed, Ordering::Relaxed);
         }
-        // Direct I/O on the odd tail of a file that shrank.
+        // Direct I/O after the odd tail of a file.
+        if op.moved && errno == libc::EINVAL && op.kind == Kind::Read && self.zeroes_past_end(index)
+        {
+            return self.fill_rest(index);
+        }
+        let op = &mut self.slots[index as usize];
+        // The same where the file is the disk and has shrunk.
         let errno = if op.moved && errno == libc::EINVAL { libc::EIO } else { errno };
         self.finish(index, errno);
+    }
+
+    fn zeroes_past_end(&self, index: u32) -> bool {
+        let file = self.slots[index as usize].file;
+        self.files[usize::from(file)].0.past_end == PastEnd::Zeroes
+    }
+
+    /// A read has come to the end of its file: the rest is zeroes.
+    fn fill_rest(&mut self, index: u32) {
+        for segment in self.segments(index) {
+            // SAFETY: as in `write`: valid by the promise of whoever made the request's buffers.
+            unsafe { segment.iov_base.cast::<u8>().write_bytes(0, segment.iov_len) };
+        }
+        self.finish(index, 0);
     }
 
     pub(super) fn finish(&mut self, index: u32, errno: i32) {

@@ -14,6 +14,7 @@ fn engine_on(file: File, depth: u32, newest: RingMode) -> Engine {
         kind: FileKind::Regular,
         memory_align: 1,
         length_align: 1,
+        past_end: PastEnd::Error,
         sync_failed: Arc::default(),
     };
     Engine::new(EngineConfig { depth, files: vec![file], newest }).expect("io_uring")
@@ -387,6 +388,7 @@ fn a_failed_sync_is_remembered() {
         kind: FileKind::Regular,
         memory_align: 1,
         length_align: 1,
+        past_end: PastEnd::Error,
         sync_failed: Arc::clone(&failed),
     };
     let newest = RingMode::Deferred;

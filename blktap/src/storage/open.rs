@@ -4,7 +4,10 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicI32;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::lock;
 use super::probe::{self, Probe, probe};
@@ -95,7 +98,7 @@ impl OpenOptions {
 
 /// An opened and locked file or device.
 #[derive(Clone, Debug)]
-pub struct Storage {
+pub struct FileStorage {
     /// The open file; its locks live as long as it or a request on it.
     pub file: Arc<File>,
     /// The path it was opened by.
@@ -106,11 +109,15 @@ pub struct Storage {
     pub cache: Cache,
     /// What it was opened for.
     pub access: Access,
+    /// The errno of the first sync that failed, 0 before; shared by all who have it open.
+    pub(crate) sync_failed: Arc<AtomicI32>,
+    /// Held by metadata writes that read, change and write back a unit that they do not fill.
+    pub(super) unaligned: Arc<Mutex<()>>,
 }
 
-impl Storage {
+impl FileStorage {
     /// Size now, rounded down to whole logical blocks.
-    pub fn size(&self) -> io::Result<u64> {
+    pub fn whole_blocks(&self) -> io::Result<u64> {
         let bytes = probe::size(&self.file, self.probe.kind)?;
         Ok(bytes - bytes % u64::from(self.probe.logical))
     }
@@ -119,7 +126,7 @@ impl Storage {
 /// Opens, probes and locks `options.path`. Where direct I/O is not possible (the file system
 /// has none, or needs units larger than the logical block), one log line says so and the cache
 /// is `Writeback`. The image's content is not touched before the lock is held.
-pub fn open(options: &OpenOptions) -> Result<Storage, OpenError> {
+pub fn open(options: &OpenOptions) -> Result<FileStorage, OpenError> {
     let path = &options.path;
     let asked = match options.logical_block {
         BlockSize::Native => None,
@@ -150,8 +157,15 @@ pub fn open(options: &OpenOptions) -> Result<Storage, OpenError> {
         probe.physical = probe.physical.max(asked);
         probe.discard = probe.discard.map(|d| d.max(asked));
     }
-    let storage =
-        Storage { file: Arc::new(file), path: path.clone(), probe, cache, access: options.access };
+    let storage = FileStorage {
+        file: Arc::new(file),
+        path: path.clone(),
+        probe,
+        cache,
+        access: options.access,
+        sync_failed: Arc::default(),
+        unaligned: Arc::default(),
+    };
     warn_of_tail(&storage).map_err(|e| examine(options, e))?;
     Ok(storage)
 }
@@ -221,7 +235,7 @@ fn kind_of(found: io::Result<Metadata>, options: &OpenOptions) -> Result<FileKin
     }
 }
 
-fn warn_of_tail(storage: &Storage) -> io::Result<()> {
+fn warn_of_tail(storage: &FileStorage) -> io::Result<()> {
     let bytes = probe::size(&storage.file, storage.probe.kind)?;
     let tail = bytes % u64::from(storage.probe.logical);
     if tail != 0 {

@@ -8,19 +8,20 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blkback::{Open, Wanted, open_target};
+use blkback::{Open, Wanted, open_target, opener};
 use blktap::faults::{Fault, FaultDisk};
+use blktap::image::BackingPolicy;
 use blktap::{Disk, DiskQueue, Geometry, MemDisk, Op, Volatility};
 
 /// The requests that are struck.
 const NTH: u64 = 5;
 
 /// How a backend opens its disks.
-pub fn open() -> Arc<Open> {
-    let Ok(fault) = std::env::var("RINGBACK_TEST_FAULT") else { return Arc::new(open_target) };
+pub fn open(backing: BackingPolicy) -> Arc<Open> {
+    let Ok(fault) = std::env::var("RINGBACK_TEST_FAULT") else { return opener(backing) };
     Arc::new(move |wanted: &Wanted| {
         let struck = |fault: Fault| -> Result<Arc<dyn Disk>, _> {
-            Ok(FaultDisk::new(open_target(wanted)?, &[fault]))
+            Ok(FaultDisk::new(open_target(wanted, &backing)?, &[fault]))
         };
         match fault.as_str() {
             "flip" => struck(Fault::FlipByte { nth: NTH, at: 4097 }),

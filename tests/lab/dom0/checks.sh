@@ -10,6 +10,28 @@ same_bytes() {
   same "checksum of $2" "$in_dom0" "$in_guest"
 }
 
+# image_bytes GUEST VDEV: notes the guest's checksum of the whole disk, to be compared when nobody serves the image
+image_bytes() {
+  g "$1" "sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum < /dev/$2" 120 | grep -oE '^[0-9a-f]{64}' > $CTL/guest.sha
+  [ -s $CTL/guest.sha ] || fail "no checksum from the guest"
+}
+# image_equals_guest FORMAT PATH: two programs read of the image what the guest read of its disk
+image_equals_guest() {
+  must ringback disk convert -f "$1" -O raw "$2" /scratch/ours.img
+  same "the image's bytes, by ringback" "$(cat $CTL/guest.sha)" "$(sha /scratch/ours.img)"
+  # QEMU does not know parents of VHDs.
+  if [ "$1" = qcow2 ]; then
+    must qemu-img convert -f "$1" -O raw "$2" /scratch/theirs.img
+    same "the image's bytes, by qemu-img" "$(cat $CTL/guest.sha)" "$(sha /scratch/theirs.img)"
+  fi
+  rm -f /scratch/ours.img /scratch/theirs.img
+}
+# image_checks FORMAT PATH: the image is clean, by each program that knows its format
+image_checks() {
+  must ringback disk check -f "$1" "$2"
+  [ "$1" != qcow2 ] || must qemu-img check -f qcow2 "$2"
+}
+
 # fs_round GUEST DEV: a file system made, filled, unmounted, compared after a remount, and checked
 fs_round() {
   gm "$1" "sh /lab/fs.sh $2 ${3:-12}" 90 > $CTL/fs.out

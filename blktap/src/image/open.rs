@@ -1,0 +1,339 @@
+//! Opening an image by a format that the caller names, with the images that it builds on as far
+//! as the caller's policy allows.
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::{Blocking, ImageDisk};
+use crate::disk::{Disk, RawDisk};
+use crate::formats::{BackingName, Format, ImageError, RawFormat};
+use crate::storage::{
+    self, Access, BlockSize, Cache, FileStorage, Lock, OpenOptions, Sharing, Storage,
+};
+
+/// Most images that build on each other. Each is an open file and a step of every look-up.
+pub const MAX_CHAIN: usize = 1024;
+
+/// An image format. Its name is QEMU's, or the one that xl has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ImageFormat {
+    /// The bytes themselves.
+    Raw,
+    /// QCOW, version 1.
+    Qcow,
+    /// QCOW2, versions 2 and 3.
+    Qcow2,
+    /// VHD: fixed, dynamic or differencing. QEMU's name for it is vpc.
+    Vhd,
+}
+
+impl ImageFormat {
+    /// All of them.
+    pub const ALL: [ImageFormat; 4] =
+        [ImageFormat::Raw, ImageFormat::Qcow, ImageFormat::Qcow2, ImageFormat::Vhd];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow => "qcow",
+            ImageFormat::Qcow2 => "qcow2",
+            ImageFormat::Vhd => "vhd",
+        }
+    }
+}
+
+impl fmt::Display for ImageFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for ImageFormat {
+    type Err = ImageError;
+
+    fn from_str(name: &str) -> Result<Self, ImageError> {
+        match name {
+            "raw" | "file" | "host_device" => Ok(ImageFormat::Raw),
+            "qcow" => Ok(ImageFormat::Qcow),
+            "qcow2" => Ok(ImageFormat::Qcow2),
+            "vhd" | "vpc" => Ok(ImageFormat::Vhd),
+            _ => Err(ImageError::Unsupported(format!(
+                "format {name:?}: there are raw, qcow, qcow2 and vhd (or vpc)"
+            ))),
+        }
+    }
+}
+
+/// Which other files an image may make its opener open: an image from a stranger names whatever
+/// it likes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackingPolicy {
+    /// None: an image that builds on another is refused.
+    Refuse,
+    /// Only the image itself is opened: what it does not have reads as zeroes.
+    Ignore,
+    /// Those in the image's own folder, and in these and the folders below them. Always with a
+    /// format that the image names.
+    Allow(Vec<PathBuf>),
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// The file, its access, cache, lock and block size.
+    pub file: OpenOptions,
+    /// Its format.
+    pub format: ImageFormat,
+    /// What else may be opened.
+    pub backing: BackingPolicy,
+    /// Most memory for cached metadata, in bytes, for each image of the chain; `None`: the
+    /// format's default.
+    pub cache_bytes: Option<u64>,
+    /// Where blocking work is done.
+    pub blocking: Blocking,
+}
+
+impl ImageOptions {
+    /// `file` as `format`; backing files from the image's own folder.
+    pub fn new(format: ImageFormat, file: OpenOptions) -> Self {
+        ImageOptions {
+            file,
+            format,
+            backing: BackingPolicy::Allow(Vec::new()),
+            cache_bytes: None,
+            blocking: Blocking::Threads,
+        }
+    }
+    /// With another policy.
+    pub fn backing(mut self, backing: BackingPolicy) -> Self {
+        self.backing = backing;
+        self
+    }
+    /// With so much memory for metadata.
+    pub fn cache_bytes(mut self, bytes: u64) -> Self {
+        self.cache_bytes = Some(bytes);
+        self
+    }
+}
+
+/// Why an image could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{}{}", self.prefix(), self.source)]
+pub struct ImageOpenError {
+    /// The image, of the chain, that it is about.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub source: ImageError,
+}
+
+impl ImageOpenError {
+    /// What opening the file says names it already.
+    fn prefix(&self) -> String {
+        match self.source {
+            ImageError::Open(_) => String::new(),
+            _ => format!("{}: ", self.path.display()),
+        }
+    }
+}
+
+/// For `map_err`: about this image.
+fn about(path: &Path) -> impl FnOnce(ImageError) -> ImageOpenError {
+    let path = path.to_owned();
+    move |source| ImageOpenError { path, source }
+}
+
+/// Opens an image with all that it builds on.
+pub fn open(options: &ImageOptions) -> Result<Arc<dyn Disk>, ImageOpenError> {
+    if options.format == ImageFormat::Raw {
+        let disk = RawDisk::open(&options.file);
+        return Ok(disk.map_err(ImageError::Open).map_err(about(&options.file.path))?);
+    }
+    Ok(open_image(options)?)
+}
+
+/// As [`open`], also raw images, as an [`ImageDisk`].
+pub fn open_image(options: &ImageOptions) -> Result<Arc<ImageDisk>, ImageOpenError> {
+    let layers = open_layers(options)?;
+    let logical = match options.file.logical_block {
+        BlockSize::Native => 512,
+        BlockSize::Bytes(bytes) => bytes,
+    };
+    ImageDisk::new(layers, logical, options.blocking).map_err(about(&options.file.path))
+}
+
+/// The image and those it builds on, nearest first.
+pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, ImageOpenError> {
+    let mut opener = Opener { options, seen: Vec::new() };
+    let mut layers = Vec::new();
+    let mut next = Some((options.file.clone(), options.format));
+    while let Some((file, format)) = next {
+        let path = file.path.clone();
+        if layers.len() >= MAX_CHAIN {
+            let why = format!("more than {MAX_CHAIN} images build on each other");
+            return Err(ImageOpenError { path, source: ImageError::Unsupported(why) });
+        }
+        let opened = opener.layer(&file, format).map_err(about(&path))?;
+        next = match opened.backing() {
+            Some(name) if options.backing != BackingPolicy::Ignore => {
+                Some(opener.parent(&path, &name).map_err(about(&path))?)
+            }
+            _ => None,
+        };
+        layers.push(opened);
+    }
+    Ok(layers)
+}
+
+struct Opener<'a> {
+    options: &'a ImageOptions,
+    /// Device and inode of each file that is open.
+    seen: Vec<(u64, u64)>,
+}
+
+impl Opener<'_> {
+    /// Opens and locks one file of the chain.
+    fn storage(&mut self, options: &OpenOptions) -> Result<Arc<FileStorage>, ImageError> {
+        let file = storage::open(options)?;
+        let meta = file.file.metadata().map_err(ImageError::io("examine the file"))?;
+        let id = (meta.dev(), meta.ino());
+        if self.seen.contains(&id) {
+            let why = format!("{} builds on itself", options.path.display());
+            return Err(ImageError::Corrupt(why));
+        }
+        self.seen.push(id);
+        Ok(Arc::new(file))
+    }
+
+    fn layer(
+        &mut self,
+        file: &OpenOptions,
+        format: ImageFormat,
+    ) -> Result<Arc<dyn Format>, ImageError> {
+        let storage: Arc<dyn Storage> = self.storage(file)?;
+        match format {
+            ImageFormat::Raw => {
+                let raw = RawFormat::new(storage).map_err(ImageError::io("find the size"))?;
+                Ok(Arc::new(raw))
+            }
+            ImageFormat::Qcow | ImageFormat::Qcow2 | ImageFormat::Vhd => {
+                Err(ImageError::Unsupported(format!("format {format}")))
+            }
+        }
+    }
+
+    /// How the image that `path` builds on is to be opened.
+    fn parent(
+        &self,
+        path: &Path,
+        name: &BackingName,
+    ) -> Result<(OpenOptions, ImageFormat), ImageError> {
+        let Some(format) = &name.format else {
+            return Err(ImageError::Unsupported(format!(
+                "its backing file {:?} has no format in the header: give it one with \
+                 `ringback disk rebase -u -b {} -F FORMAT {}`",
+                name.name,
+                name.name,
+                path.display()
+            )));
+        };
+        let format = format.parse()?;
+        let found = self.allowed(path, &name.name, "backing file")?;
+        let lock = match self.options.file.lock {
+            Lock::Off => Lock::Off,
+            Lock::Held { wait, .. } => Lock::Held { sharing: Sharing::Exclusive, wait },
+        };
+        let cache = match self.options.file.cache {
+            Cache::Unsafe => Cache::Writeback,
+            cache => cache,
+        };
+        let options = OpenOptions::new(found)
+            .access(Access::ReadOnly)
+            .cache(cache)
+            .lock(lock)
+            .logical_block(self.options.file.logical_block);
+        Ok((options, format))
+    }
+
+    /// The path that an image means by `name`, if the policy allows it to be opened.
+    fn allowed(&self, path: &Path, name: &str, what: &str) -> Result<PathBuf, ImageError> {
+        let folders = match &self.options.backing {
+            BackingPolicy::Allow(folders) => folders.as_slice(),
+            BackingPolicy::Refuse | BackingPolicy::Ignore => {
+                return Err(ImageError::Unsupported(format!("it has a {what}, {name:?}")));
+            }
+        };
+        let local = name.strip_prefix("file:").unwrap_or(name);
+        if name.starts_with("json:") || looks_like_a_uri(local) {
+            return Err(ImageError::Unsupported(format!("a {what} that is no file: {name:?}")));
+        }
+        let own = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let meant = own.join(local);
+        // Resolves links without opening anything.
+        let resolve = |p: &Path| p.canonicalize();
+        let real = resolve(&meant).map_err(|source| {
+            let what =
+                if what == "backing file" { "find its backing file" } else { "find its data file" };
+            let source =
+                std::io::Error::new(source.kind(), format!("{}: {source}", meant.display()));
+            ImageError::Io { what, source }
+        })?;
+        let own = resolve(path).ok().and_then(|p| p.parent().map(Path::to_owned));
+        let inside = |folder: &PathBuf| resolve(folder).is_ok_and(|f| real.starts_with(f));
+        if real.parent() == own.as_deref() || folders.iter().any(inside) {
+            return Ok(meant);
+        }
+        Err(ImageError::Unsupported(format!(
+            "its {what} {} is outside the image's folder: if you trust the image, allow it with \
+             --allow-backing {}",
+            real.display(),
+            real.parent().unwrap_or(Path::new("/")).display()
+        )))
+    }
+}
+
+/// `nbd://...`, `nbd:...`: a protocol before the first slash.
+fn looks_like_a_uri(name: &str) -> bool {
+    let first = name.split('/').next().unwrap_or_default();
+    first.contains(':')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_policy_allows_is_opened() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (own, other) = (dir.path().join("own"), dir.path().join("other"));
+        for folder in [&own, &other] {
+            std::fs::create_dir(folder).expect("a folder");
+            std::fs::write(folder.join("base"), [0; 512]).expect("a file");
+        }
+        std::os::unix::fs::symlink(other.join("base"), own.join("link")).expect("a link");
+        let image = own.join("top");
+        std::fs::write(&image, [0; 512]).expect("a file");
+        let options = |backing| {
+            ImageOptions::new(ImageFormat::Raw, OpenOptions::new(&image)).backing(backing)
+        };
+        let allowed = |backing, name: &str| {
+            let options = options(backing);
+            let opener = Opener { options: &options, seen: Vec::new() };
+            opener.allowed(&image, name, "backing file").map_err(|e| e.to_string())
+        };
+        let own_only = || BackingPolicy::Allow(Vec::new());
+        assert_eq!(allowed(own_only(), "base").expect("in its folder"), own.join("base"));
+        assert!(allowed(BackingPolicy::Refuse, "base").is_err());
+        for name in ["link", "../other/base", "/etc/passwd"] {
+            let error = allowed(own_only(), name).expect_err(name);
+            assert!(error.contains("--allow-backing"), "{error}");
+        }
+        for name in ["json:{}", "nbd://localhost", "nbd:unix:/a", "file:nbd:x"] {
+            assert!(allowed(own_only(), name).expect_err(name).contains("no file"));
+        }
+        let also = BackingPolicy::Allow(vec![other.clone()]);
+        assert!(allowed(also, "../other/base").is_ok());
+    }
+}
