@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod mem;
+mod nbd;
 mod null;
 mod raw;
 
@@ -15,6 +16,7 @@ use perf::Handle;
 
 use crate::engine::EngineCounters;
 pub use mem::{MemDisk, Volatility};
+pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
 pub(crate) use null::wait_for;
 pub use raw::{RawDisk, RawQueue};

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use blktap::export::nbd::{Export, Limits, Server, proto, tls};
 use blktap::Disk;
+use blktap::export::nbd::{Export, Limits, Server, proto, tls};
 use blktap::image::{self, BackingPolicy, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use crossbeam::channel::Receiver;
@@ -35,8 +35,9 @@ fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
         all.push(export);
     }
     for text in &options.export {
-        let (name, target) =
-            text.split_once('=').ok_or_else(|| format!("--export {text}: write NAME=FORMAT:PATH"))?;
+        let (name, target) = text
+            .split_once('=')
+            .ok_or_else(|| format!("--export {text}: write NAME=FORMAT:PATH"))?;
         let (format, path) = match target.split_once(':') {
             Some((format, path)) if !format.contains('/') => (format, path),
             _ => ("raw", target),

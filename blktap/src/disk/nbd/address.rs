@@ -137,7 +137,9 @@ impl NbdTarget {
             (true, Some(path)) if authority.is_empty() && !path.is_empty() => {
                 Place::Unix(path.into())
             }
-            (true, _) => return Err("a Unix socket is named by ?socket=PATH, and there is no host"),
+            (true, _) => {
+                return Err("a Unix socket is named by ?socket=PATH, and there is no host");
+            }
             (false, Some(_)) => return Err("a socket goes with nbd+unix"),
             (false, None) => {
                 let (host, port) = host_and_port(authority).ok_or("no host")?;

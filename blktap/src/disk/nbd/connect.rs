@@ -16,11 +16,11 @@ use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::address::{NbdTarget, Place};
+use crate::export::nbd::prepare_tcp;
 use crate::export::nbd::proto::{
     BASE_ALLOCATION, FIXED_NEWSTYLE, Greeting, MAGIC, MAX_PAYLOAD, NO_ZEROES, OPTION_MAGIC,
     OPTION_REPLY_MAGIC, OptionHeader, OptionReply, can, info, opt, rep,
 };
-use crate::export::nbd::prepare_tcp;
 use crate::export::nbd::transport::{Transport, Woken};
 
 /// Longest answer to an option.
@@ -57,19 +57,22 @@ pub struct Link {
 
 /// A server that breaks the protocol.
 pub fn broken(why: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the server breaks the protocol: {}", why.into()))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the server breaks the protocol: {}", why.into()),
+    )
 }
 
 /// A connection's bytes, waited for.
-pub struct Talk {
+pub struct Talk<'a> {
     /// Where they go.
-    pub transport: Transport,
+    pub transport: &'a mut Transport,
     end: Instant,
 }
 
-impl Talk {
+impl<'a> Talk<'a> {
     /// On a connection, until `patience` is over.
-    pub fn new(transport: Transport, patience: Duration) -> Talk {
+    pub fn new(transport: &'a mut Transport, patience: Duration) -> Self {
         Talk { transport, end: Instant::now() + patience }
     }
 
@@ -191,7 +194,8 @@ pub fn connect(
     tls: Option<&Arc<ClientConfig>>,
     patience: Duration,
 ) -> io::Result<Link> {
-    let mut talk = Talk::new(Transport::new(socket(target, patience)?), patience);
+    let mut transport = Transport::new(socket(target, patience)?);
+    let mut talk = Talk::new(&mut transport, patience);
     let greeting: Greeting = talk.read()?;
     let theirs = greeting.flags.get();
     if greeting.magic.get() != MAGIC || greeting.style.get() != OPTION_MAGIC {
@@ -223,10 +227,14 @@ pub fn connect(
     };
     go(&mut talk, target, &mut facts, mine)?;
     check(&facts)?;
-    Ok(Link { transport: talk.transport, facts })
+    Ok(Link { transport, facts })
 }
 
-fn start_tls(talk: &mut Talk, target: &NbdTarget, config: &Arc<ClientConfig>) -> io::Result<()> {
+fn start_tls(
+    talk: &mut Talk<'_>,
+    target: &NbdTarget,
+    config: &Arc<ClientConfig>,
+) -> io::Result<()> {
     talk.option(opt::STARTTLS, &[])?;
     talk.answers(opt::STARTTLS, |_, _| Ok(()))?.map_err(|r| refused("TLS", r))?;
     // A Unix socket's server is on this host.
@@ -240,7 +248,7 @@ fn start_tls(talk: &mut Talk, target: &NbdTarget, config: &Arc<ClientConfig>) ->
     Ok(())
 }
 
-fn allocation(talk: &mut Talk, export: &str) -> io::Result<Option<u32>> {
+fn allocation(talk: &mut Talk<'_>, export: &str) -> io::Result<Option<u32>> {
     let mut data = Vec::new();
     data.put_u32(export.len() as u32);
     data.put_slice(export.as_bytes());
@@ -262,7 +270,7 @@ fn allocation(talk: &mut Talk, export: &str) -> io::Result<Option<u32>> {
     Ok(found.filter(|_| told.is_ok()))
 }
 
-fn go(talk: &mut Talk, target: &NbdTarget, facts: &mut Facts, flags: u16) -> io::Result<()> {
+fn go(talk: &mut Talk<'_>, target: &NbdTarget, facts: &mut Facts, flags: u16) -> io::Result<()> {
     let mut data = Vec::new();
     data.put_u32(target.export.len() as u32);
     data.put_slice(target.export.as_bytes());
@@ -299,7 +307,12 @@ fn go(talk: &mut Talk, target: &NbdTarget, facts: &mut Facts, flags: u16) -> io:
 }
 
 /// For servers without NBD_OPT_GO.
-fn export_name(talk: &mut Talk, target: &NbdTarget, facts: &mut Facts, flags: u16) -> io::Result<()> {
+fn export_name(
+    talk: &mut Talk<'_>,
+    target: &NbdTarget,
+    facts: &mut Facts,
+    flags: u16,
+) -> io::Result<()> {
     talk.option(opt::EXPORT_NAME, target.export.as_bytes())?;
     let gone = |e: io::Error| match e.kind() {
         io::ErrorKind::UnexpectedEof => {

@@ -1,5 +1,7 @@
 //! A connection's bytes: a non-blocking socket, plain or under TLS.
 
+mod raw;
+
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
