@@ -62,8 +62,8 @@ pub enum StorageFault {
         /// How often.
         strikes: Strikes,
     },
-    /// A write (`write_at` alone counts) is carried out only after the next one, however many
-    /// syncs lie between them.
+    /// A write is carried out only after the next one elsewhere, however many syncs lie between
+    /// them. Where the nth is no `write_at`, nothing happens.
     HoldWrite {
         /// Which one.
         nth: u64,
@@ -159,6 +159,13 @@ impl Plan {
         *counter - 1
     }
 
+    /// Whether any of these bytes are held.
+    fn holds(&self, file: usize, offset: u64, len: u64) -> bool {
+        let here = |h: &&Held| h.file == file && h.offset < offset + len;
+        let held = self.held.as_ref().filter(here);
+        held.is_some_and(|h| offset < h.offset + h.bytes.len() as u64)
+    }
+
     fn fate(&mut self, call: Call) -> Fate {
         let seen = self.count(call);
         let fate = match self.fault {
@@ -177,7 +184,7 @@ impl Plan {
             }
             _ => Fate::Done,
         };
-        self.struck += u64::from(!matches!(fate, Fate::Done));
+        self.struck += u64::from(matches!(fate, Fate::Fails { .. } | Fate::Dropped));
         fate
     }
 }
@@ -200,7 +207,8 @@ impl FaultStorage {
                 }
                 Err(io::Error::from_raw_os_error(errno))
             }
-            _ => change().and_then(|()| self.faults.release()),
+            // It may be about the same bytes: in order.
+            _ => self.faults.release().and_then(|()| change()),
         }
     }
 }
@@ -232,12 +240,17 @@ impl Storage for FaultStorage {
         let fate = self.faults.plan.lock().fate(Call::Write);
         match fate {
             Fate::Done | Fate::Dropped => {
+                if self.faults.plan.lock().holds(self.file, offset, from.len() as u64) {
+                    self.faults.release()?;
+                }
                 self.inner().write_at(offset, from)?;
                 self.faults.release()
             }
             Fate::Held => {
                 let held = Held { file: self.file, offset, bytes: from.to_vec() };
-                self.faults.plan.lock().held = Some(held);
+                let mut plan = self.faults.plan.lock();
+                plan.held = Some(held);
+                plan.struck += 1;
                 Ok(())
             }
             Fate::Fails { errno, carried } => {
