@@ -108,6 +108,12 @@ pub struct Run {
     /// Write to the named images themselves: THEIR CONTENT IS LOST.
     #[arg(long)]
     pub overwrite: bool,
+    /// Have the guest serve its disks by NBD at this Unix socket instead, until a signal.
+    ///
+    /// What fio, qemu-img or nbdcopy do there goes through the split driver. The first disk has
+    /// the empty name, each also its vdev. Only with --overwrite do the images keep it.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["json", "seed", "progress"])]
+    pub nbd: Option<PathBuf>,
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
