@@ -80,7 +80,7 @@ fn an_exported_image_is_written_and_the_command_ends_well() {
     well("nbdcopy", &[text(&source), &uri]);
     well("nbdinfo", &[&format!("nbd+unix:///second?socket={}", text(&socket))]);
     // The image is locked, and the socket taken.
-    let locked = run("qemu-img", &["info", text(&path)]);
+    let locked = run("qemu-io", &["-f", "raw", "-c", "write 0 512", text(&path)]);
     assert!(String::from_utf8_lossy(&locked.stderr).contains("lock"), "{locked:?}");
     let again = run(env!("CARGO_BIN_EXE_ringback"), &args[..4]);
     assert_eq!(again.status.code(), Some(2), "{again:?}");
