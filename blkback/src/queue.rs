@@ -26,7 +26,7 @@ use crate::counters::QueueCounters;
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
 use memory::Memory;
-use poll::Poller;
+use poll::Pollers;
 use slots::Slots;
 use worker::{Run, Worker};
 
@@ -162,7 +162,7 @@ impl Queue {
             shared: shared.clone(),
             limits: start.limits,
             counters: counters.clone(),
-            poller: Poller::new(config.poll_us),
+            pollers: Pollers::new(config.poll_us),
             run: Run::new(size, segments),
         };
         let cpu = cpu_of(config, start.number);

@@ -8,6 +8,7 @@
 
 mod bounce;
 mod counters;
+mod inline;
 mod ioctl;
 mod ops;
 mod setup;
@@ -259,13 +260,11 @@ impl Engine {
         self.watch_helper();
         // Twice at most: a full completion queue is emptied in between.
         for _ in 0..2 {
-            if !self.unsent() {
-                return Ok(());
-            }
-            if self.enter(0, None)? == Woken::Busy {
+            if self.unsent() && self.enter(0, None)? == Woken::Busy {
                 self.reap();
             }
         }
+        self.write_inline();
         Ok(())
     }
 
@@ -273,9 +272,8 @@ impl Engine {
     /// and the kernel has not flagged work that waits for this thread.
     pub fn poll(&mut self, done: &mut Vec<Done>) -> io::Result<()> {
         self.watch_helper();
-        if self.unsent() || self.kernel_waits() {
-            self.enter(0, None)?;
-        }
+        self.submit_or_look()?;
+        self.write_inline();
         self.reap();
         done.append(&mut self.ops.ready);
         Ok(())
@@ -292,6 +290,7 @@ impl Engine {
         let deadline = left.map(|t| Instant::now() + t);
         loop {
             self.arm(fds)?;
+            self.write_inline();
             let ready = !self.ops.ready.is_empty() || self.watches.pending();
             if ready || (fds.is_empty() && self.idle(timeout)) {
                 self.submit_or_look()?;
@@ -367,6 +366,14 @@ impl Engine {
         let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(TAG_HELPER);
         // SAFETY: a poll names no memory.
         self.helper_armed = unsafe { self.ring.submission().push(&entry) }.is_ok();
+    }
+
+    /// Behind what the kernel is to work on meanwhile.
+    #[inline]
+    fn write_inline(&mut self) {
+        if self.ops.has_inline() {
+            self.ops.write_inline(&mut self.ring.submission(), &self.counters);
+        }
     }
 
     fn unsent(&mut self) -> bool {
@@ -450,6 +457,7 @@ impl Engine {
     /// Waits until every request is done. `Err`: this thread may not enter the ring.
     fn drain(&mut self) -> io::Result<()> {
         loop {
+            self.write_inline();
             self.reap();
             if self.ops.busy() == 0 {
                 return Ok(());

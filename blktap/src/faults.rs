@@ -1,6 +1,8 @@
-//! Disks that go wrong on purpose: the negative control of whoever verifies a disk.
+//! Disks and storages that go wrong on purpose: the negative control of whoever verifies them.
 // Copies payload by address to change it on its way.
 #![allow(unsafe_code)]
+
+mod storage;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,6 +14,7 @@ use perf::Handle;
 
 use crate::disk::{Disk, DiskQueue, Done, Full, Geometry, IoBuf, Op, Request};
 use crate::engine::EngineCounters;
+pub use storage::{Call, Carried, StorageFault, StorageFaults, Strikes};
 
 /// What goes wrong, and when. Requests of an operation are counted from 0 over all queues of
 /// the disk, from when the fault was set; a fault that counts happens once.

@@ -6,6 +6,7 @@ mod lock;
 mod mem;
 mod open;
 mod probe;
+pub mod record;
 
 use std::io;
 use std::ops::Range;

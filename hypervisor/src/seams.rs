@@ -6,32 +6,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub use rings::grants::{Access, GrantRef};
 use rings::mem::SharedMem;
 
 /// A domain's number (`domid_t` in xen.h).
 pub type DomId = u16;
-/// A grant reference (`grant_ref_t` in grant_table.h).
-pub type GrantRef = u32;
 /// An event channel port (`evtchn_port_t` in event_channel.h).
 pub type Port = u32;
-
-/// What a mapping may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Access {
-    /// Only reads; the only way to map a grant that is read-only.
-    ReadOnly,
-    /// Reads and writes.
-    ReadWrite,
-}
-
-impl From<Access> for rings::grants::Access {
-    fn from(access: Access) -> Self {
-        match access {
-            Access::ReadOnly => rings::grants::Access::ReadOnly,
-            Access::ReadWrite => rings::grants::Access::ReadWrite,
-        }
-    }
-}
 
 /// Granted pages of one domain, mapped as one contiguous run; unmapped when dropped.
 pub struct Mapping {

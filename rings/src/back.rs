@@ -13,7 +13,7 @@ use perf::Handle;
 use crate::counters::RingCounters;
 use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use crate::index::{self, Notify, Pending, Strong};
-use crate::inflight::{Entry, InFlight};
+use crate::inflight::InFlight;
 use crate::mem::{Region, SharedMem, Unit, kill_point};
 use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
 
@@ -102,50 +102,19 @@ impl Stack {
     }
 }
 
-/// The free entries, the one that was freed first going first: as long as answers leave in order,
-/// entries then go round like the ring's slots, half a page from them (see `inflight`).
-struct Queue {
-    slots: Box<[u32]>,
-    head: u32,
-    len: u32,
-}
-
-impl Queue {
-    fn new(room: u32) -> Self {
-        Queue { slots: vec![0; room.next_power_of_two() as usize].into(), head: 0, len: 0 }
-    }
-    #[inline]
-    fn push(&mut self, slot: u32) {
-        let at = self.head.wrapping_add(self.len) as usize & (self.slots.len() - 1);
-        self.slots[at] = slot;
-        self.len += 1;
-    }
-    #[inline]
-    fn pop(&mut self) -> Option<u32> {
-        self.len = self.len.checked_sub(1)?;
-        let slot = self.slots[self.head as usize & (self.slots.len() - 1)];
-        self.head = self.head.wrapping_add(1);
-        Some(slot)
-    }
-}
-
 /// The backend's end of a ring over 1, 2, 4 ... pages, with its in-flight table.
 pub struct BackRing<P: Protocol, M, T> {
     region: Region<M>,
     slots: u32,
-    /// Requests taken (`req_cons`) and seen (the last `req_prod` that was read).
-    taken: u32,
+    /// Requests seen (the last `req_prod` that was read). How many were taken (`req_cons`), the
+    /// table says.
     seen: u32,
     /// Responses written (`rsp_prod_pvt`) and published.
     written: u32,
     published: u32,
     table: T,
-    /// Number of the last request taken; entries of the table are in this order.
-    sequence: u64,
-    /// Entries that are free; those answered since the last publication; those that a
-    /// predecessor left unanswered, youngest first.
-    free: Queue,
-    answered: Stack,
+    entries: u32,
+    /// Entries that a predecessor left unanswered, youngest first.
     replay: Stack,
     woken: bool,
     counters: Handle<RingCounters>,
@@ -173,59 +142,69 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         let mut ring = BackRing {
             region,
             slots,
-            taken: rsp_prod,
             seen: rsp_prod,
             written: rsp_prod,
             published: rsp_prod,
             table,
-            sequence: 0,
-            free: Queue::new(entries),
-            answered: Stack::new(slots),
+            entries,
             replay: Stack::new(slots),
             woken: false,
             counters,
             protocol: PhantomData,
         };
-        ring.recover(entries)?;
+        ring.recover()?;
         let _ = ring.look()?;
         Ok((ring, if rsp_prod == 0 { Notify::Skip } else { Notify::Send }))
     }
 
-    /// Sorts the table's entries into free and unanswered, and finds the consumer index: each
-    /// request taken has a published response or is unanswered.
-    fn recover(&mut self, entries: u32) -> Result<(), Corrupt> {
-        let mut unanswered = Vec::new();
-        for slot in 0..entries {
-            match self.table.entry(slot) {
-                Entry::Free => self.free.push(slot),
-                Entry::Taken { sequence } => unanswered.push((sequence, slot)),
-                Entry::Answered { position, .. } if self.was_published(position) => {
-                    self.table.clear(slot);
-                    self.free.push(slot);
-                }
-                Entry::Answered { sequence, .. } => {
-                    self.table.retract(slot);
-                    unanswered.push((sequence, slot));
-                }
+    /// Finds the unanswered entries: all that the table's order does not say are free. Changes
+    /// nothing in the table, unless it is new.
+    fn recover(&mut self) -> Result<(), Corrupt> {
+        if self.table.taken().is_none() {
+            self.table.begin(self.published);
+        }
+        let (taken, entries) = (self.taken(), self.entries);
+        self.seen = taken;
+        let count = taken.wrapping_sub(self.published);
+        if count > self.slots {
+            return Err(self.foreign(count));
+        }
+        // When each was last used, counted from E requests ago; 0 for before that.
+        let mut used = vec![Some(0); entries as usize];
+        for n in 1..=entries {
+            let slot = self.table.order(taken.wrapping_sub(entries).wrapping_add(n - 1));
+            if let Some(used) = used.get_mut(slot as usize) {
+                *used = Some(n);
             }
         }
-        let count = unanswered.len() as u32;
-        self.taken = self.published.wrapping_add(count);
-        self.seen = self.taken;
-        if count > self.slots {
-            return Err(self.corrupt(self.region.word(REQ_PROD).load(Relaxed)));
+        for n in 0..entries - count {
+            let slot = self.table.order(taken.wrapping_add(n));
+            // Each is named once, if the producer index is what was published.
+            if used.get_mut(slot as usize).and_then(Option::take).is_none() {
+                return Err(self.foreign(count));
+            }
         }
+        let unanswered = used.iter().enumerate();
+        let mut unanswered: Vec<_> =
+            unanswered.filter_map(|(slot, used)| Some(((*used)?, slot as u32))).collect();
         unanswered.sort_unstable_by(|a, b| b.cmp(a));
-        self.sequence = unanswered.first().map_or(0, |(youngest, _)| *youngest);
         for (_, slot) in unanswered {
             self.replay.push(slot);
         }
         Ok(())
     }
 
-    /// Whether the response at `position` lies before the published producer index.
-    fn was_published(&self, position: u32) -> bool {
-        (1..=self.slots).contains(&self.published.wrapping_sub(position))
+    /// The ring's response index does not fit the table, by which `count` are unanswered.
+    #[cold]
+    fn foreign(&self, count: u32) -> Corrupt {
+        let (found, least) = (self.published, self.published.wrapping_add(count));
+        Corrupt { ring: P::NAME, index: "rsp_prod", found, least, room: self.slots }
+    }
+
+    /// Index of the next request to take (`req_cons`).
+    #[inline(always)]
+    fn taken(&self) -> u32 {
+        self.table.taken().unwrap_or(self.published)
     }
 
     /// Slots of the ring.
@@ -234,7 +213,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
     /// Requests taken and not answered, with those still to be taken again.
     pub fn in_flight(&self) -> u32 {
-        self.taken.wrapping_sub(self.written)
+        self.taken().wrapping_sub(self.written)
     }
     /// Requests of a predecessor that [`take`](Self::take) is still to give again.
     pub fn replays(&self) -> u32 {
@@ -265,15 +244,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.replay.len > 0 {
             return Ok(self.take_again());
         }
-        if self.taken == self.seen && self.look()? == Pending::Nothing {
+        let at = self.taken();
+        if at == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
-        let Some(slot) = self.free.pop() else { return Ok(None) };
+        // Its entry is free: no more requests are seen than the ring has slots.
         let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
-        let req = self.region.load(self.slot_offset(self.taken), unit);
-        self.sequence += 1;
-        self.table.put(slot, self.sequence, &req);
-        self.taken = self.taken.wrapping_add(1);
+        let (slot, req) = self.table.put(at, self.region.arriving(self.slot_offset(at), unit));
         Ok(Some(Taken { slot: Slot(slot), req }))
     }
 
@@ -289,13 +266,12 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
         assert!(self.in_flight() > 0, "a slot of another ring");
         self.region.store(self.slot_offset(self.written), rsp);
-        self.table.answer(slot.0, self.written);
-        self.answered.push(slot.0);
+        self.table.free(self.written.wrapping_add(self.entries), slot.0);
         self.written = self.written.wrapping_add(1);
     }
 
     /// Shows the frontend all responses written so far
-    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`), then forgets their requests.
+    /// (`RING_PUSH_RESPONSES_AND_CHECK_NOTIFY`); with that their requests are done.
     #[inline(always)]
     pub fn publish(&mut self) -> Notify {
         let (old, new) = (self.published, self.written);
@@ -306,11 +282,6 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         kill_point();
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
-        let answered = core::mem::take(&mut self.answered.len);
-        for slot in &self.answered.slots[..answered] {
-            self.table.clear(*slot);
-            self.free.push(*slot);
-        }
         self.counters.responses.add(u64::from(new.wrapping_sub(old)));
         match notify {
             Notify::Send => self.counters.notifications_sent.add(1),
@@ -319,26 +290,35 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         notify
     }
 
-    /// Looks whether there are requests, without asking for a notification.
+    /// Whether [`publish`](Self::publish) would now say `Send`: the frontend waits for one of the
+    /// responses that are written. It may have changed a moment later.
     #[inline]
+    pub fn is_awaited(&self) -> bool {
+        let event = self.region.word(RSP_EVENT).load(Relaxed);
+        self.written.wrapping_sub(event) < self.written.wrapping_sub(self.published)
+    }
+
+    /// Looks whether there are requests, without asking for a notification.
+    #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
         let pending = self.found(found)?;
-        if core::mem::take(&mut self.woken) && pending == Pending::Nothing {
-            self.counters.spurious.add(1);
+        if self.woken {
+            self.woken = false;
+            self.counters.spurious.add(u64::from(pending == Pending::Nothing));
         }
         Ok(pending)
     }
 
     /// Judges a producer index: it may lie from what was seen to one ring beyond the responses
     /// that the frontend could have taken.
-    #[inline]
+    #[inline(always)]
     fn found(&mut self, req_prod: u32) -> Result<Pending, Corrupt> {
-        let new = req_prod.wrapping_sub(self.seen);
-        if new > self.slots - self.seen.wrapping_sub(self.published) {
-            return Err(self.corrupt(req_prod));
-        }
-        if new > 0 {
+        if req_prod != self.seen {
+            let new = req_prod.wrapping_sub(self.seen);
+            if new > self.slots - self.seen.wrapping_sub(self.published) {
+                return Err(self.corrupt(req_prod));
+            }
             self.seen = req_prod;
             self.counters.requests.add(u64::from(new));
             self.counters.batch.record(u64::from(new));
@@ -348,13 +328,19 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     #[inline]
     fn unconsumed(&self) -> u32 {
-        self.seen.wrapping_sub(self.taken).wrapping_add(self.replays())
+        self.seen.wrapping_sub(self.taken()).wrapping_add(self.replays())
     }
 
     #[cold]
     fn corrupt(&self, found: u32) -> Corrupt {
         let room = self.slots.saturating_sub(self.seen.wrapping_sub(self.published));
         Corrupt { ring: P::NAME, index: "req_prod", found, least: self.seen, room }
+    }
+
+    /// Looks whether there are requests to take.
+    #[inline]
+    pub fn peek(&mut self) -> Result<Pending, Corrupt> {
+        if self.unconsumed() > 0 { Ok(Pending::Work) } else { self.look() }
     }
 
     /// Looks for requests while polling, and counts whether it paid.
@@ -369,12 +355,12 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks to be notified of the next request and looks a second time
     /// (`RING_FINAL_CHECK_FOR_REQUESTS`). Sleep only after `Nothing`.
-    #[inline]
+    #[inline(always)]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
         if self.unconsumed() > 0 || self.look()? == Pending::Work {
             return Ok(Pending::Work);
         }
-        let wanted = self.taken.wrapping_add(1);
+        let wanted = self.taken().wrapping_add(1);
         let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
@@ -385,7 +371,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn arm_after(&mut self, messages: NonZeroU32) -> Result<Pending, Corrupt> {
         let _ = self.look()?;
         if self.unconsumed() < messages.get() {
-            let wanted = self.taken.wrapping_add(messages.get());
+            let wanted = self.taken().wrapping_add(messages.get());
             let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
@@ -395,7 +381,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(REQ_EVENT), self.taken);
+        index::disarm(self.region.word(REQ_EVENT), self.taken());
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.
@@ -410,7 +396,7 @@ impl<P: Protocol, M, T> fmt::Debug for BackRing<P, M, T> {
         f.debug_struct("BackRing")
             .field("ring", &P::NAME)
             .field("slots", &self.slots)
-            .field("req_cons", &self.taken)
+            .field("req_seen", &self.seen)
             .field("rsp_prod_pvt", &self.written)
             .finish_non_exhaustive()
     }

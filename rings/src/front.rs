@@ -152,31 +152,36 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     }
 
     /// Looks whether there are responses, without asking for a notification.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
         let found = index::look::<_, Strong>(self.region.word(RSP_PROD));
         let pending = self.found(found)?;
-        if core::mem::take(&mut self.woken) && pending == Pending::Nothing {
-            self.counters.spurious.add(1);
+        if self.woken {
+            self.woken = false;
+            self.counters.spurious.add(u64::from(pending == Pending::Nothing));
         }
         Ok(pending)
     }
 
     /// Judges a producer index: it may lie from what was seen to the requests published.
-    #[inline]
+    #[inline(always)]
     fn found(&mut self, rsp_prod: u32) -> Result<Pending, Corrupt> {
-        let (new, room) =
-            (rsp_prod.wrapping_sub(self.seen), self.published.wrapping_sub(self.seen));
-        if new > room {
-            let least = self.seen;
-            return Err(Corrupt { ring: P::NAME, index: "rsp_prod", found: rsp_prod, least, room });
-        }
-        if new > 0 {
+        if rsp_prod != self.seen {
+            let new = rsp_prod.wrapping_sub(self.seen);
+            if new > self.published.wrapping_sub(self.seen) {
+                return Err(self.corrupt(rsp_prod));
+            }
             self.seen = rsp_prod;
             self.counters.responses.add(u64::from(new));
             self.counters.batch.record(u64::from(new));
         }
         Ok(if self.taken == self.seen { Pending::Nothing } else { Pending::Work })
+    }
+
+    #[cold]
+    fn corrupt(&self, found: u32) -> Corrupt {
+        let room = self.published.wrapping_sub(self.seen);
+        Corrupt { ring: P::NAME, index: "rsp_prod", found, least: self.seen, room }
     }
 
     /// Looks for responses while polling, and counts whether it paid.
@@ -191,7 +196,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
 
     /// Asks to be notified of the next response and looks a second time
     /// (`RING_FINAL_CHECK_FOR_RESPONSES`). Sleep only after `Nothing`.
-    #[inline]
+    #[inline(always)]
     pub fn arm(&mut self) -> Result<Pending, Corrupt> {
         if self.taken != self.seen || self.look()? == Pending::Work {
             return Ok(Pending::Work);

@@ -2,10 +2,12 @@
 //!
 //! Responses reuse the slots of requests, so once answers leave out of order the ring alone
 //! cannot say which requests are unanswered. The table can: a request is copied into it before
-//! the ring's consumer index moves on, and its entry is cleared after the response has been
-//! published. In memory that outlives the process, it lets a successor go on where the process
+//! the ring's consumer index moves on, and its entry becomes free by the very index that publishes
+//! its response. In memory that outlives the process, it lets a successor go on where the process
 //! was killed.
 
+use alloc::boxed::Box;
+use alloc::vec;
 use core::fmt;
 use core::marker::PhantomData;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -13,70 +15,62 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::PAGE_SIZE;
-use crate::mem::{HeapPages, Region, SharedMem, Unit};
+use crate::mem::{Arriving, HeapPages, Region, SharedMem, Unit};
 
-/// State of an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// Holds no request.
-    Free,
-    /// Holds a request that has no response yet.
-    Taken {
-        /// Number in the order of taking, never 0.
-        sequence: u64,
-    },
-    /// Holds a request whose response was put at the ring index `position`; whether it was
-    /// published, the ring's producer index says.
-    Answered {
-        /// Number in the order of taking, never 0.
-        sequence: u64,
-        /// Index (not masked) of the response.
-        position: u32,
-    },
-}
-
-/// Where a back ring keeps what it took. Slots are below `slots()`. A kill between any two
-/// calls, or within one, must leave each entry in one of the states before or after.
+/// Where a back ring keeps what it took: E entries, and in which order they are used.
+///
+/// The request at ring index i goes to the entry that the order names at i. An entry whose
+/// request is answered at position p is named again at p + E: what was freed first is used first.
+/// So with `taken` requests taken and `rsp_prod` responses published, the entries that the order
+/// names from `taken` up to `rsp_prod + E` are free, each once, and all others hold requests
+/// without a published response. Nothing is undone or marked when answers are published.
+///
+/// A kill between any two calls, or within one, must leave each word as it was before or after.
 pub trait InFlight<R> {
-    /// Number of entries, at least the ring's slots.
+    /// Number of entries (E), at least the ring's slots.
     fn slots(&self) -> u32;
-    /// Fills a free entry: first the request, then the mark that it is taken.
-    fn put(&mut self, slot: u32, sequence: u64, req: &R);
-    /// Notes where the response of a taken entry is.
-    fn answer(&mut self, slot: u32, position: u32);
-    /// Takes the note back: the response was never published.
-    fn retract(&mut self, slot: u32);
-    /// Makes the entry free.
-    fn clear(&mut self, slot: u32);
-    /// The entry's state.
-    fn entry(&self, slot: u32) -> Entry;
-    /// The request of an entry that is not free.
+    /// Index of the next request to take; `None` before [`begin`](Self::begin).
+    fn taken(&self) -> Option<u32>;
+    /// Makes all entries free, with the ring at `index`.
+    fn begin(&mut self, index: u32);
+    /// The entry that the order names at an index, from `taken - E` to below `rsp_prod + E`.
+    fn order(&self, index: u32) -> u32;
+    /// Copies the request at `index`, which is `taken`, into its entry, and only then counts it
+    /// as taken. The entry and the request.
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R);
+    /// Names the entry in the order: its request is answered at `index - E`.
+    fn free(&mut self, index: u32, slot: u32);
+    /// The request of an entry that was used.
     fn request(&self, slot: u32) -> R;
 }
 
 const MAGIC: u64 = u64::from_le_bytes(*b"RBFLIGHT");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 64;
-/// Header offsets: magic, version, slots, bytes of a request.
+/// Header offsets: magic, version, slots, bytes of a request; the index of the next request to
+/// take, 64 bits of which the upper ones say that there is one.
 const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 8;
 const AT_SLOTS: usize = 12;
 const AT_REQUEST: usize = 16;
-/// Behind the header each entry has its two marks, 16 bytes: sequence (0: free) and answer (bit 32
-/// set: the low half is a position). The requests lie behind all marks, so that what is touched
-/// at every step stays in the first-level cache.
-const MARKS: usize = 16;
-const SEQUENCE: usize = 0;
-const ANSWER: usize = 8;
-const ANSWERED: u64 = 1 << 32;
+const AT_TAKEN: usize = 24;
+const BEGUN: u64 = 1 << 32;
+/// Behind the header lies the order, words of 4 bytes, then the requests.
+const WORD: usize = 4;
 
-/// Where the requests start: half a page from where the ring's own slots start (modulo the page).
-/// A processor takes a load for dependent on an earlier store whose address has the same low 12
-/// bits, so that copying from slot n + 1 would wait for the copy to entry n + 1.
+/// Indices whose entries are kept: those of free entries and of the last E requests taken.
+const fn order_len(slots: u32) -> usize {
+    2 * (slots as usize).next_power_of_two()
+}
+
+/// Where the requests start: half a page from where the ring's own slots start (modulo the page),
+/// and there the two go round together as long as answers leave in order. A processor takes a
+/// load for dependent on an earlier store whose address has the same low 12 bits, so that copying
+/// from slot n + 1 would wait for the copy to entry n + 1.
 const fn requests(slots: u32) -> usize {
-    let marks = HEADER + slots as usize * MARKS;
+    let end = HEADER + order_len(slots) * WORD;
     let offset = (PAGE_SIZE / 2 + HEADER) % PAGE_SIZE;
-    marks + (PAGE_SIZE + offset - marks % PAGE_SIZE) % PAGE_SIZE
+    end + (PAGE_SIZE + offset - end % PAGE_SIZE) % PAGE_SIZE
 }
 
 /// Why memory cannot be used as a table.
@@ -106,14 +100,17 @@ impl core::error::Error for TableError {}
 pub struct Table<R, S = HeapPages> {
     region: Region<S>,
     slots: u32,
+    order_mask: usize,
+    /// Where the requests start.
+    requests: usize,
     request: PhantomData<fn() -> R>,
 }
 
 impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
     /// An empty table on the heap, for a process whose death ends the device.
     pub fn on_heap(slots: u32) -> Self {
-        let region = Region::new(HeapPages::new(Self::bytes(slots).div_ceil(PAGE_SIZE)));
-        let table = Table { region, slots, request: PhantomData };
+        let memory = HeapPages::new(Self::bytes(slots).div_ceil(PAGE_SIZE));
+        let table = Table::over(Region::new(memory), slots);
         table.write_header();
         table
     }
@@ -121,6 +118,10 @@ impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
 
 impl<R, S> Table<R, S> {
     const STRIDE: usize = size_of::<R>().next_multiple_of(16);
+    fn over(region: Region<S>, slots: u32) -> Self {
+        let (order_mask, requests) = (order_len(slots) - 1, requests(slots));
+        Table { region, slots, order_mask, requests, request: PhantomData }
+    }
     /// Bytes that a table of `slots` entries takes.
     pub const fn bytes(slots: u32) -> usize {
         requests(slots) + slots as usize * Self::STRIDE
@@ -134,11 +135,9 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         if memory.len() < needed {
             return Err(TableError::TooSmall { needed });
         }
-        let table = Table { region: Region::new(memory), slots, request: PhantomData };
+        let table = Table::over(Region::new(memory), slots);
         table.region.word64(AT_MAGIC).store(0, Relaxed);
-        for slot in 0..slots {
-            table.region.set64(table.at(slot) + SEQUENCE, 0);
-        }
+        table.region.word64(AT_TAKEN).store(0, Relaxed);
         table.write_header();
         Ok(table)
     }
@@ -157,7 +156,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
         if !ours {
             return Err(TableError::Foreign);
         }
-        Ok(Table { region, slots, request: PhantomData })
+        Ok(Table::over(region, slots))
     }
 
     /// The memory.
@@ -173,12 +172,12 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
     }
 
     #[inline(always)]
-    fn at(&self, slot: u32) -> usize {
-        HEADER + slot as usize * MARKS
+    fn order_at(&self, index: u32) -> usize {
+        HEADER + (index as usize & self.order_mask) * WORD
     }
     #[inline(always)]
     fn request_at(&self, slot: u32) -> usize {
-        requests(self.slots) + slot as usize * Self::STRIDE
+        self.requests + slot as usize * Self::STRIDE
     }
 }
 
@@ -187,33 +186,30 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, slot: u32, sequence: u64, req: &R) {
-        let at = self.at(slot);
-        self.region.store(self.request_at(slot), req);
-        self.region.set64(at + ANSWER, 0);
-        self.region.set64(at + SEQUENCE, sequence);
+    fn taken(&self) -> Option<u32> {
+        let taken = self.region.word64(AT_TAKEN).load(Relaxed);
+        (taken & BEGUN != 0).then_some(taken as u32)
     }
-    #[inline(always)]
-    fn answer(&mut self, slot: u32, position: u32) {
-        let note = ANSWERED | u64::from(position);
-        self.region.set64(self.at(slot) + ANSWER, note);
-    }
-    fn retract(&mut self, slot: u32) {
-        self.region.set64(self.at(slot) + ANSWER, 0);
-    }
-    #[inline(always)]
-    fn clear(&mut self, slot: u32) {
-        self.region.set64(self.at(slot) + SEQUENCE, 0);
-    }
-    fn entry(&self, slot: u32) -> Entry {
-        let at = self.at(slot);
-        let sequence = self.region.word64(at + SEQUENCE).load(Acquire);
-        let answer = self.region.word64(at + ANSWER).load(Acquire);
-        match (sequence, answer & ANSWERED) {
-            (0, _) => Entry::Free,
-            (_, 0) => Entry::Taken { sequence },
-            _ => Entry::Answered { sequence, position: answer as u32 },
+    fn begin(&mut self, index: u32) {
+        for slot in 0..self.slots {
+            self.free(index.wrapping_add(slot), slot);
         }
+        self.region.set64(AT_TAKEN, BEGUN | u64::from(index));
+    }
+    #[inline(always)]
+    fn order(&self, index: u32) -> u32 {
+        self.region.word(self.order_at(index)).load(Relaxed)
+    }
+    #[inline(always)]
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
+        let slot = self.order(index);
+        let req = self.region.keep(self.request_at(slot), req);
+        self.region.set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
+        (slot, req)
+    }
+    #[inline(always)]
+    fn free(&mut self, index: u32, slot: u32) {
+        self.region.set(self.order_at(index), slot);
     }
     fn request(&self, slot: u32) -> R {
         self.region.load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
@@ -221,16 +217,23 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
 }
 
 /// No table: for a protocol whose requests need not survive the process, such as received
-/// packets. Costs nothing, and a successor finds everything answered.
-#[derive(Clone, Copy, Debug)]
+/// packets. A successor finds everything answered.
+#[derive(Clone, Debug)]
 pub struct Forget {
+    order: Box<[u32]>,
     slots: u32,
+    begun: bool,
+    taken: u32,
 }
 
 impl Forget {
     /// For rings of up to `slots` slots.
     pub fn new(slots: u32) -> Self {
-        Forget { slots }
+        Forget { order: vec![0; order_len(slots)].into(), slots, begun: false, taken: 0 }
+    }
+    #[inline(always)]
+    fn at(&self, index: u32) -> usize {
+        index as usize & (self.order.len() - 1)
     }
 }
 
@@ -239,14 +242,28 @@ impl<R: FromBytes> InFlight<R> for Forget {
         self.slots
     }
     #[inline(always)]
-    fn put(&mut self, _: u32, _: u64, _: &R) {}
+    fn taken(&self) -> Option<u32> {
+        self.begun.then_some(self.taken)
+    }
+    fn begin(&mut self, index: u32) {
+        for slot in 0..self.slots {
+            InFlight::<R>::free(self, index.wrapping_add(slot), slot);
+        }
+        (self.begun, self.taken) = (true, index);
+    }
     #[inline(always)]
-    fn answer(&mut self, _: u32, _: u32) {}
-    fn retract(&mut self, _: u32) {}
+    fn order(&self, index: u32) -> u32 {
+        self.order[self.at(index)]
+    }
     #[inline(always)]
-    fn clear(&mut self, _: u32) {}
-    fn entry(&self, _: u32) -> Entry {
-        Entry::Free
+    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
+        self.taken = index.wrapping_add(1);
+        (self.order[self.at(index)], req.take())
+    }
+    #[inline(always)]
+    fn free(&mut self, index: u32, slot: u32) {
+        let at = self.at(index);
+        self.order[at] = slot;
     }
     fn request(&self, _: u32) -> R {
         R::new_zeroed()

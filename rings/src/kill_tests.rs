@@ -146,7 +146,7 @@ fn live(survivors: &mut Survivors, total: u64, choice: &mut Choice) {
 fn history(seed: u64, start: u32, first: u32, second: u32) -> bool {
     let mut survivors = Survivors::new(start);
     let mut choice = Choice(seed);
-    let total = 9;
+    let total = 13;
     let mut kills = 0;
     for life in [Some(first), Some(second), None] {
         LIFE.set(life);

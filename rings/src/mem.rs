@@ -6,6 +6,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
+use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
@@ -233,8 +234,17 @@ unsafe impl<M: Send> Send for Region<M> {}
 unsafe impl<M: Sync> Sync for Region<M> {}
 
 impl<M: SharedMem> Region<M> {
+    /// Panics where there is not even a page, so that no range of less needs a check for that.
     pub(crate) fn new(owner: M) -> Self {
+        assert!(owner.len() >= PAGE_SIZE);
         Region { base: owner.base(), len: owner.len(), owner }
+    }
+    /// Whether `len` bytes at `offset` are in range: one comparison, for there is a page at least.
+    #[inline(always)]
+    fn check(&self, offset: usize, len: usize) {
+        if (len > PAGE_SIZE && len > self.len) || offset > self.len - len {
+            out_of_range(offset, len, self.len);
+        }
     }
     pub(crate) fn owner(&self) -> &M {
         &self.owner
@@ -242,7 +252,7 @@ impl<M: SharedMem> Region<M> {
     /// The word at `offset`, which is in range and a multiple of 4.
     #[inline(always)]
     pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
-        check(offset, 4, self.len);
+        self.check(offset, 4);
         assert!(offset.is_multiple_of(4));
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
@@ -250,10 +260,16 @@ impl<M: SharedMem> Region<M> {
     /// The double word at `offset`, which is in range and a multiple of 8.
     #[inline(always)]
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
-        check(offset, 8, self.len);
+        self.check(offset, 8);
         assert!(offset.is_multiple_of(8));
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
+    }
+    /// Stores the word at `offset` after everything stored before it.
+    #[inline(always)]
+    pub(crate) fn set(&self, offset: usize, value: u32) {
+        kill_point();
+        self.word(offset).store(value, Release);
     }
     /// Stores the double word at `offset` after everything stored before it.
     #[inline(always)]
@@ -263,39 +279,29 @@ impl<M: SharedMem> Region<M> {
     }
     #[inline(always)]
     fn check_unit(&self, offset: usize, len: usize, unit: Unit) {
-        check(offset, len, self.len);
+        self.check(offset, len);
         assert!(offset.is_multiple_of(unit.bytes()) && len.is_multiple_of(unit.bytes()));
     }
     /// Copies a value out of the range at `offset`; `unit` divides its size and offset.
     #[inline(always)]
     pub(crate) fn load<T: FromBytes>(&self, offset: usize, unit: Unit) -> T {
-        let len = size_of::<T>();
-        self.check_unit(offset, len, unit);
-        let mut value = MaybeUninit::<T>::uninit();
-        let to = value.as_mut_ptr().cast::<u8>();
-        // SAFETY: in range and aligned by the checks (the base is page-aligned); every byte of
-        // the value is written, and FromBytes says that any bytes are a valid T.
-        unsafe {
-            let from = self.base.add(offset);
-            for at in (0..len).step_by(unit.bytes()) {
-                match unit {
-                    Unit::Sixteen => {
-                        let word = from.add(at).cast::<Wide>().read_volatile();
-                        to.add(at).cast::<Wide>().write_unaligned(word);
-                    }
-                    Unit::Eight => {
-                        let word = AtomicU64::from_ptr(from.add(at).cast()).load(Relaxed);
-                        to.add(at).cast::<u64>().write_unaligned(word);
-                    }
-                    Unit::Four => {
-                        let word = AtomicU32::from_ptr(from.add(at).cast()).load(Relaxed);
-                        to.add(at).cast::<u32>().write_unaligned(word);
-                    }
-                    Unit::One => to.add(at).write(AtomicU8::from_ptr(from.add(at)).load(Relaxed)),
-                }
-            }
-            value.assume_init()
-        }
+        self.arriving(offset, unit).take()
+    }
+    /// The value in the range at `offset`, still to be copied; `unit` divides its size and offset.
+    #[inline(always)]
+    pub(crate) fn arriving<T: FromBytes>(&self, offset: usize, unit: Unit) -> Arriving<'_, T> {
+        self.check_unit(offset, size_of::<T>(), unit);
+        // SAFETY: in range by the check.
+        Arriving { from: unsafe { self.base.add(offset) }, unit, of: PhantomData }
+    }
+    /// Copies a value that arrives in other memory into the range at `offset`, and returns it:
+    /// read once, and written from the same registers.
+    #[inline(always)]
+    pub(crate) fn keep<T: FromBytes>(&self, offset: usize, value: Arriving<'_, T>) -> T {
+        kill_point();
+        self.check(offset, size_of::<T>());
+        // SAFETY: in range by the check; the value lies in other memory.
+        value.copy(Some(unsafe { self.base.add(offset) }))
     }
     /// Copies a value into the range at `offset`.
     ///
@@ -305,10 +311,64 @@ impl<M: SharedMem> Region<M> {
     #[inline(always)]
     pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
         kill_point();
-        check(offset, size_of::<T>(), self.len);
+        self.check(offset, size_of::<T>());
         let from = core::ptr::from_ref(value).cast::<u8>();
         // SAFETY: in range by the check; private and shared memory do not overlap.
         unsafe { core::ptr::copy_nonoverlapping(from, self.base.add(offset), size_of::<T>()) }
+    }
+}
+
+/// A value in shared memory, in range and aligned for its unit, that is read once at most.
+pub struct Arriving<'a, T> {
+    from: *mut u8,
+    unit: Unit,
+    of: PhantomData<(&'a (), fn() -> T)>,
+}
+
+impl<T: FromBytes> Arriving<'_, T> {
+    /// Copies the value out.
+    #[inline(always)]
+    pub fn take(self) -> T {
+        self.copy(None)
+    }
+    /// Copies it out, and to private or own memory at `also`, which is valid for its size.
+    #[inline(always)]
+    fn copy(self, also: Option<*mut u8>) -> T {
+        let mut value = MaybeUninit::<T>::uninit();
+        let to = value.as_mut_ptr().cast::<u8>();
+        // SAFETY: `from` is in range and aligned (see the type), `also` as said; every byte of
+        // the value is written, and FromBytes says that any bytes are a valid T.
+        unsafe {
+            for at in (0..size_of::<T>()).step_by(self.unit.bytes()) {
+                let from = self.from.add(at);
+                match self.unit {
+                    Unit::Sixteen => put(from.cast::<Wide>().read_volatile(), to, also, at),
+                    Unit::Eight => {
+                        put(AtomicU64::from_ptr(from.cast()).load(Relaxed), to, also, at);
+                    }
+                    Unit::Four => {
+                        put(AtomicU32::from_ptr(from.cast()).load(Relaxed), to, also, at);
+                    }
+                    Unit::One => put(AtomicU8::from_ptr(from).load(Relaxed), to, also, at),
+                }
+            }
+            value.assume_init()
+        }
+    }
+}
+
+/// Writes a word to one place or two, `at` bytes from where they begin.
+///
+/// # Safety
+/// Both places are valid for writes of a word there.
+#[inline(always)]
+unsafe fn put<W: Copy>(word: W, to: *mut u8, also: Option<*mut u8>, at: usize) {
+    // SAFETY: as promised.
+    unsafe {
+        to.add(at).cast::<W>().write_unaligned(word);
+        if let Some(also) = also {
+            also.add(at).cast::<W>().write_unaligned(word);
+        }
     }
 }
 

@@ -305,7 +305,7 @@ impl<A: Abi> DiskQueue for Queue<A> {
                     self.reap();
                     // Answers may have made room for what had to wait.
                     self.publish()?;
-                } else if !self.poller.spin(&self.counters) {
+                } else if !self.poller.spin() {
                     break;
                 }
             }

@@ -147,7 +147,7 @@ impl Memory {
         let mut missing = 0;
         for piece in pieces.iter_mut() {
             // Pages are mapped for both directions: the frontend uses them again for either.
-            match self.pool.get(piece.segment.gref, Access::ReadWrite.into()) {
+            match self.pool.get(piece.segment.gref, Access::ReadWrite) {
                 Some(pin) => piece.place = Place::Mapped(pin),
                 None => missing += 1,
             }
@@ -191,7 +191,7 @@ impl Memory {
             let page = Page { mapping: mapping.clone(), index };
             // What fell out is unmapped with the last page of its mapping.
             if let Inserted::Kept { pin, out: _ } =
-                self.pool.insert(piece.segment.gref, Access::ReadWrite.into(), page)
+                self.pool.insert(piece.segment.gref, Access::ReadWrite, page)
             {
                 piece.place = Place::Mapped(pin);
             }

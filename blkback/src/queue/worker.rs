@@ -13,7 +13,7 @@ use rings::{BackRing, Notify, Pending, Table};
 
 use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
-use super::poll::Poller;
+use super::poll::Pollers;
 use super::slots::{Place, Slot, Slots, Stage, Work};
 use crate::counters::QueueCounters;
 use crate::proto::{
@@ -22,8 +22,12 @@ use crate::proto::{
 };
 use zerocopy::FromBytes;
 
-/// Requests taken from the ring in one go.
-const BATCH: usize = 64;
+/// Requests taken from the ring in one go. A frontend that polls works on one batch of answers
+/// while this end works on the next: at depth 32 that makes 73 ns a request of 125. Smaller
+/// ones cost more enters of io_uring.
+const BATCH: usize = 16;
+/// A frontend that sleeps is woken once for up to so many answers.
+const ANSWERS: u32 = 64;
 /// Wake-ups without a request after which the next ones are put off (XSA-332).
 const SPURIOUS_STREAK: u32 = 32;
 /// How long they are put off.
@@ -91,7 +95,7 @@ pub(super) struct Worker<A: Abi> {
     pub shared: Arc<Shared>,
     pub limits: Limits,
     pub counters: Handle<QueueCounters>,
-    pub poller: Poller,
+    pub pollers: Pollers,
     pub run: Run,
 }
 
@@ -164,11 +168,11 @@ impl<A: Abi> Worker<A> {
         while !self.shared.stopping() {
             let worked = self.round()?;
             if worked {
-                self.poller.worked(&self.counters);
+                self.pollers.worked(&self.counters);
                 continue;
             }
-            // Also while the disk works: what it completes shows in the ring's memory.
-            if self.poller.spin(&self.counters) {
+            // Also while the disk works: what it completes shows in its ring's memory.
+            if self.pollers.of(self.disk.in_flight()).spin() {
                 continue;
             }
             self.sleep()?;
@@ -179,10 +183,11 @@ impl<A: Abi> Worker<A> {
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
         self.reap()?;
-        let moved = self.take()?;
         let done = !self.run.done.is_empty();
         self.run.done.clear();
-        self.publish()?;
+        // Before the next requests: those that the page cache serves take their time in `take`.
+        self.publish_batch()?;
+        let moved = self.take()?;
         if moved == 0 && !done {
             return Ok(false);
         }
@@ -193,7 +198,7 @@ impl<A: Abi> Worker<A> {
     /// Takes over knobs that were changed meanwhile.
     fn take_knobs(&mut self) {
         if let Some(config) = self.shared.changed(&mut self.run.changes) {
-            self.poller.set_max(config.poll_us);
+            self.pollers.set_max(config.poll_us);
             self.memory.set_limits(&config);
         }
     }
@@ -491,6 +496,18 @@ impl<A: Abi> Worker<A> {
         }
     }
 
+    /// Publishes, unless that means waking a frontend which has more for this end to do first.
+    fn publish_batch(&mut self) -> Result<(), Fault> {
+        let few = (1..ANSWERS).contains(&self.run.unpublished);
+        if few && self.ring.is_awaited() {
+            let more = self.ring.peek().map_err(|e| self.corrupt(&e))?;
+            if more == Pending::Work && self.run.waiting.is_empty() {
+                return Ok(());
+            }
+        }
+        self.publish()
+    }
+
     fn publish(&mut self) -> Result<(), Fault> {
         if self.run.unpublished == 0 {
             return Ok(());
@@ -522,9 +539,10 @@ impl<A: Abi> Worker<A> {
         let before = self.run.clock.elapsed().as_nanos() as u64;
         self.memory.expire(before);
         let timeout = self.memory.patience();
+        let in_flight = self.disk.in_flight();
         let ready = self.disk.wait(&[self.channel.as_fd(), self.shared.wake()], timeout)?;
         self.read_clock();
-        self.poller.slept(self.run.now - before);
+        self.pollers.of(in_flight).slept(self.run.now - before);
         if ready & 1 != 0 {
             self.run.spurious += 1;
             self.run.rung = true;

@@ -11,6 +11,8 @@ perf::counters! {
         reads: Counter [entries],
         /// Submission entries for writes.
         writes: Counter [entries],
+        /// Small writes into the page cache that the queue's thread made itself (pwritev2).
+        inline_writes: Counter [calls],
         /// Submission entries for fsync.
         syncs: Counter [entries],
         /// Submission entries for fallocate.

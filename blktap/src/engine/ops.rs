@@ -4,12 +4,14 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use io_uring::squeue::{Entry, Flags, SubmissionQueue};
 use io_uring::{opcode, types};
 use libc::iovec;
 
 use super::bounce::{self, BOUNCE_LEN, BouncePool, Way};
+use super::inline::Inline;
 use super::ioctl::{Call, IoctlThread};
 use super::{Durability, EngineCounters, EngineFile, EngineOp, FileKind, PastEnd, Transfer};
 use crate::disk::{Done, MAX_SEGMENTS};
@@ -79,6 +81,7 @@ pub(super) struct Ops {
     bounce: Option<BouncePool>,
     pub(super) files: Vec<(EngineFile, ZeroMethod)>,
     pub(super) helper: Option<IoctlThread>,
+    inline: Inline,
 }
 
 impl Ops {
@@ -107,6 +110,7 @@ impl Ops {
             slots: vec![idle; n],
             iovs,
             free: (0..depth).rev().collect(),
+            inline: Inline::new(n, files.iter().map(|f| &*f.file)),
             backlog: VecDeque::with_capacity(n),
             ready: Vec::with_capacity(n),
             bounce,
@@ -239,6 +243,10 @@ impl Ops {
                 None => return self.backlog.push_back(index),
             }
         }
+        let plain = op.kind == Kind::Write(Durability::Volatile) && op.path == Path::Direct;
+        if plain && op.tries == 0 && self.inline.takes(index, op.file, op.left) {
+            return;
+        }
         let entry = self.entry(index, c);
         // SAFETY: the slot's segments and bounce buffer stay in place until the completion, and
         // whoever made the request's buffers promised the same for theirs.
@@ -328,6 +336,27 @@ impl Ops {
                 .rw_flags(flags)
                 .build(),
         }
+    }
+
+    pub(super) fn has_inline(&self) -> bool {
+        !self.inline.is_empty()
+    }
+
+    /// Makes the writes that this thread makes itself.
+    pub(super) fn write_inline(&mut self, sq: &mut Sq<'_>, c: &EngineCounters) {
+        let (start, mut count) = (Instant::now(), 0);
+        while let Some(index) = self.inline.next() {
+            count += 1;
+            let op = self.slots[index as usize];
+            let base = index as usize * MAX_SEGMENTS;
+            let segments = &self.iovs[base + usize::from(op.next)..base + usize::from(op.end)];
+            let file = (op.file, &*self.files[usize::from(op.file)].0.file);
+            // SAFETY: valid by the promise of whoever made the request's buffers.
+            let written = unsafe { self.inline.write(file, segments, op.offset) };
+            self.complete(index, written, sq, c);
+        }
+        c.inline_writes.add(u64::from(count));
+        self.inline.took(count, start.elapsed());
     }
 
     fn segments(&self, index: u32) -> &[iovec] {

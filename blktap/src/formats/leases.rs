@@ -68,8 +68,9 @@ impl LeaseHolder {
         if held == 0 {
             self.phases[usize::from(current)] = Phase { epoch, held: 1 };
             if held_before == 0 {
-                self.oldest.store(epoch, Ordering::SeqCst);
-                // What is resolved from here on is seen by nobody who freed it before.
+                self.oldest.store(epoch, Ordering::Relaxed);
+                // The pair of the fences of `stamp` and `ended`: either they see this lease, or
+                // what is resolved from here on is what they left.
                 fence(Ordering::SeqCst);
             }
             return Lease(current);
@@ -91,7 +92,8 @@ impl LeaseHolder {
             return;
         }
         let oldest = self.phases.iter().filter(|p| p.held > 0).map(|p| p.epoch).min();
-        self.oldest.store(oldest.unwrap_or(IDLE), Ordering::SeqCst);
+        // What was done under the lease comes before.
+        self.oldest.store(oldest.unwrap_or(IDLE), Ordering::Release);
     }
 }
 

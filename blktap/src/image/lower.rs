@@ -150,6 +150,9 @@ impl Lower {
 
     /// An end of a job.
     pub(super) fn answer(&mut self) -> Option<Answer> {
+        if self.jobs == 0 {
+            return None;
+        }
         let answer = self.to.answers.pop()?;
         self.jobs -= 1;
         Some(answer)
@@ -163,17 +166,13 @@ impl Lower {
     ) -> io::Result<u64> {
         let ready = !self.known.is_empty();
         let timeout = if ready { Some(Duration::ZERO) } else { timeout };
-        let mailbox = Arc::clone(&self.to.mailbox);
-        let mut all = [mailbox.as_fd(); MAX_WATCHES];
-        let Some((mine, rest)) = all.split_at_mut_checked(fds.len()).filter(|s| !s.1.is_empty())
-        else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 63 descriptors"));
-        };
-        mine.copy_from_slice(fds);
-        let count = fds.len() + rest[..1].len();
-        let bits = match &mut self.engine {
-            Some(engine) => engine.wait(&all[..count], timeout)?,
-            None => wait_for(&all[..count], timeout)?,
+        let mailbox = self.to.mailbox.as_fd();
+        let bits = match (fds, &mut self.engine) {
+            ([], Some(engine)) => engine.wait(&[mailbox], timeout)?,
+            ([one], Some(engine)) => engine.wait(&[*one, mailbox], timeout)?,
+            ([one, two], Some(engine)) => engine.wait(&[*one, *two, mailbox], timeout)?,
+            (_, Some(engine)) => engine.wait(&with(fds, mailbox)?[..fds.len() + 1], timeout)?,
+            (_, None) => wait_for(&with(fds, mailbox)?[..fds.len() + 1], timeout)?,
         };
         Ok(bits & !(1 << fds.len()))
     }
@@ -191,4 +190,17 @@ impl Lower {
             engine.count_in(counters);
         }
     }
+}
+
+/// A list with one descriptor more. Few are the rule, and a long list takes time to make.
+fn with<'a>(
+    fds: &[BorrowedFd<'a>],
+    one: BorrowedFd<'a>,
+) -> io::Result<[BorrowedFd<'a>; MAX_WATCHES]> {
+    let mut all = [one; MAX_WATCHES];
+    if fds.len() >= MAX_WATCHES {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "more than 63 descriptors"));
+    }
+    all[..fds.len()].copy_from_slice(fds);
+    Ok(all)
 }

@@ -8,6 +8,9 @@ use std::sync::Arc;
 
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
+use crate::formats::qcow2::header::Header;
+use crate::formats::qcow2::{L2Cache, Qcow2, Qcow2Options};
+use crate::formats::vhd::Vhd;
 use crate::formats::{BackingName, Format, ImageError, RawFormat};
 use crate::storage::{
     self, Access, BlockSize, Cache, FileStorage, Lock, OpenOptions, Sharing, Storage,
@@ -167,7 +170,7 @@ pub fn open_image(options: &ImageOptions) -> Result<Arc<ImageDisk>, ImageOpenErr
 /// The image and those it builds on, nearest first.
 pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, ImageOpenError> {
     let mut opener = Opener { options, seen: Vec::new() };
-    let mut layers = Vec::new();
+    let mut layers: Vec<Arc<dyn Format>> = Vec::new();
     let mut next = Some((options.file.clone(), options.format));
     while let Some((file, format)) = next {
         let path = file.path.clone();
@@ -176,8 +179,16 @@ pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, Image
             return Err(ImageOpenError { path, source: ImageError::Unsupported(why) });
         }
         let opened = opener.layer(&file, format).map_err(about(&path))?;
+        if let Some(above) = layers.last() {
+            let modified = std::fs::metadata(&path).and_then(|m| m.modified());
+            let modified = modified.map_err(ImageError::io("examine the file"));
+            let checked = modified.and_then(|time| above.check_backing(&*opened, time));
+            let child = above.files().first().map_or_else(String::new, |f| f.name());
+            checked.map_err(about(Path::new(&child)))?;
+        }
         next = match opened.backing() {
             Some(name) if options.backing != BackingPolicy::Ignore => {
+                let name = opener.existing(&path, name, opened.other_backing_names());
                 Some(opener.parent(&path, &name).map_err(about(&path))?)
             }
             _ => None,
@@ -218,10 +229,39 @@ impl Opener<'_> {
                 let raw = RawFormat::new(storage).map_err(ImageError::io("find the size"))?;
                 Ok(Arc::new(raw))
             }
-            ImageFormat::Qcow | ImageFormat::Qcow2 | ImageFormat::Vhd => {
-                Err(ImageError::Unsupported(format!("format {format}")))
-            }
+            ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
+            ImageFormat::Qcow2 => self.qcow2(file, storage),
+            ImageFormat::Qcow => Err(ImageError::Unsupported(format!("format {format}"))),
         }
+    }
+
+    fn qcow2(
+        &mut self,
+        file: &OpenOptions,
+        storage: Arc<dyn Storage>,
+    ) -> Result<Arc<dyn Format>, ImageError> {
+        let header = Header::read(&*storage)?;
+        let mut data: Option<Arc<dyn Storage>> = None;
+        if header.has_data_file() {
+            let name = header.data_file.as_deref().unwrap_or_default();
+            let found = self.allowed(&file.path, name, "data file")?;
+            data = Some(self.storage(&OpenOptions { path: found, ..file.clone() })?);
+        }
+        let mut options = Qcow2Options::default();
+        if let Some(bytes) = self.options.cache_bytes {
+            options.l2_cache = L2Cache::Bytes(bytes);
+        }
+        Ok(Arc::new(Qcow2::open(storage, data, &options)?))
+    }
+
+    /// The first of the names by which there is a file that may be opened, else the first.
+    fn existing(&self, path: &Path, first: BackingName, others: Vec<String>) -> BackingName {
+        let may_open = |name: &String| self.allowed(path, name, "backing file").is_ok();
+        if others.is_empty() || may_open(&first.name) {
+            return first;
+        }
+        let name = others.into_iter().find(may_open).unwrap_or(first.name);
+        BackingName { name, ..first }
     }
 
     /// How the image that `path` builds on is to be opened.

@@ -19,7 +19,9 @@ pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
     let (mut back, _) =
         BackRing::<Toy, _, T>::attach(page.clone(), table, Default::default()).expect("a ring");
     // What a backend keeps of a request of its own: here, the words that the answer needs.
-    let mut held: Vec<(Slot, u64, u64)> = Vec::with_capacity(back.slots() as usize);
+    let nothing = || (None::<Slot>, 0, 0);
+    let mut held: Box<[_]> = (0..back.slots()).map(|_| nothing()).collect();
+    let mut count = 0;
     let (mut sum, mut id, mut events) = (0u64, 0u64, 0u64);
     for _ in 0..rounds {
         for _ in 0..batch {
@@ -31,10 +33,14 @@ pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
         events += u64::from(front.publish() == Notify::Send);
         loop {
             while let Some(taken) = back.take()? {
-                held.push((taken.slot, taken.req[0], taken.req[13]));
+                held[count] = (Some(taken.slot), taken.req[0], taken.req[13]);
+                count += 1;
             }
-            while let Some((slot, first, last)) = held.pop() {
-                back.respond(slot, &[first, last]);
+            while count > 0 {
+                count -= 1;
+                let (slot, first, last) = &mut held[count];
+                let Some(slot) = slot.take() else { break };
+                back.respond(slot, &[*first, *last]);
             }
             events += u64::from(back.publish() == Notify::Send);
             if back.arm()? == Pending::Nothing {

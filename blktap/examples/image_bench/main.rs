@@ -1,0 +1,203 @@
+//! QCOW2 in process: beside raw on the same engine, beside qcow2-rs and imago.
+//!
+//!     cargo run --release -p ringback-blktap --example image_bench -- [--json] [SECONDS]
+//!
+//! 4 KiB random requests of one thread to images of 256 MiB in the present folder, made by
+//! qemu-img (Debian: qemu-utils). Reads and overwrites of a full image, and first writes to an
+//! empty one; through the page cache and past it; 1 and 32 in flight. Rounds alternate; figures
+//! are medians of the rounds, a ratio is the median of the rounds' ratios.
+#![allow(unsafe_code, clippy::print_stdout)]
+
+mod peers;
+mod ringback;
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Bytes of a disk.
+pub(crate) const SIZE: u64 = 256 << 20;
+/// Bytes of a request.
+pub(crate) const BLOCK: usize = 4096;
+const ROUNDS: usize = 5;
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    Read,
+    Overwrite,
+    /// To clusters that are not allocated yet, each once.
+    FirstWrite,
+}
+
+/// How.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    pub(crate) work: Work,
+    pub(crate) direct: bool,
+    pub(crate) depth: usize,
+    pub(crate) time: Duration,
+}
+
+/// Where the next request goes: at random, or each cluster of 64 KiB once, in a scattered order.
+pub(crate) struct Places {
+    work: Work,
+    random: u64,
+    count: u64,
+}
+
+impl Places {
+    pub(crate) fn new(work: Work) -> Places {
+        Places { work, random: 0x2545_f491_4f6c_dd1d, count: 0 }
+    }
+    /// `None` when there is nothing left to write first.
+    pub(crate) fn take(&mut self) -> Option<u64> {
+        if self.work == Work::FirstWrite {
+            let (n, clusters) = (self.count, SIZE >> 16);
+            self.count += 1;
+            // 2654435761 is odd and the number of clusters a power of two: each comes once.
+            return (n < clusters).then(|| (n.wrapping_mul(2_654_435_761) % clusters) << 16);
+        }
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        Some(self.random % (SIZE / BLOCK as u64) * BLOCK as u64)
+    }
+}
+
+/// Counts until the time is over; the clock is read once in 64 requests.
+pub(crate) struct Watch {
+    start: Instant,
+    time: Duration,
+    count: u64,
+    over: bool,
+}
+
+impl Watch {
+    pub(crate) fn start(time: Duration) -> Watch {
+        Watch { start: Instant::now(), time, count: 0, over: false }
+    }
+    /// One more is done; whether to go on.
+    pub(crate) fn one(&mut self) -> bool {
+        self.count += 1;
+        if self.count.is_multiple_of(64) {
+            self.over = self.start.elapsed() >= self.time;
+        }
+        !self.over
+    }
+    pub(crate) fn goes_on(&self) -> bool {
+        !self.over
+    }
+    /// Requests a second.
+    pub(crate) fn rate(&self) -> f64 {
+        self.count as f64 / self.start.elapsed().as_secs_f64()
+    }
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+type Run = fn(&Path, &Load) -> Result<f64>;
+
+/// Who is measured, and on what.
+const RUNNERS: [(&str, Run, &str); 4] = [
+    ("ringback raw", ringback::raw, "raw"),
+    ("ringback qcow2", ringback::qcow2, "qcow2"),
+    ("qcow2-rs", peers::qcow2_rs, "qcow2"),
+    ("imago", peers::imago, "qcow2"),
+];
+
+/// A fresh image: full for reads and overwrites, empty for first writes.
+fn image(folder: &Path, format: &str, work: Work) -> Result<PathBuf> {
+    let (full, path) = (folder.join("full.raw"), folder.join(format!("a.{format}")));
+    let mut command = Command::new("qemu-img");
+    if work == Work::FirstWrite {
+        command.args(["create", "-q", "-f", format]).arg(&path).arg(SIZE.to_string());
+    } else {
+        if !full.exists() {
+            let byte = |n: u64| (n >> 12) as u8 | 1;
+            std::fs::write(&full, (0..SIZE).map(byte).collect::<Vec<u8>>())?;
+        }
+        command.args(["convert", "-q", "-f", "raw", "-O", format]).arg(&full).arg(&path);
+    }
+    let status = command.status().map_err(|e| format!("qemu-img (Debian: qemu-utils): {e}"))?;
+    if !status.success() {
+        return Err(format!("qemu-img: {status}").into());
+    }
+    std::fs::File::open(&path)?.sync_all()?;
+    Ok(path)
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of.get(of.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Rates of all runners in each round.
+fn rounds(folder: &Path, load: &Load) -> Result<Vec<Vec<f64>>> {
+    let mut images = Vec::new();
+    for format in ["raw", "qcow2"] {
+        images.push((format, image(folder, format, load.work)?));
+    }
+    let mut rates = vec![Vec::new(); RUNNERS.len()];
+    for _ in 0..ROUNDS {
+        for ((name, run, format), rates) in RUNNERS.iter().zip(&mut rates) {
+            if load.work == Work::FirstWrite {
+                image(folder, format, load.work)?;
+            }
+            let path = images.iter().find(|(f, _)| f == format).map(|(_, path)| path);
+            let path = path.ok_or("no image")?;
+            rates.push(run(path, load).map_err(|e| format!("{name}: {e}"))?);
+        }
+    }
+    Ok(rates)
+}
+
+fn print(load: &Load, rates: &[Vec<f64>], json: bool) {
+    let ours = &rates[1];
+    let ratio = |of: &Vec<f64>| median(ours.iter().zip(of).map(|(a, b)| a / b).collect());
+    let way = if load.direct { "direct" } else { "cached" };
+    if json {
+        let all = RUNNERS.iter().zip(rates).map(|((name, ..), rates)| {
+            serde_json::json!({ "name": name, "iops": median(rates.clone()).round(),
+                "qcow2_ratio": ratio(rates) })
+        });
+        let all: Vec<_> = all.collect();
+        println!(
+            "{}",
+            serde_json::json!({ "schema": 1, "work": format!("{:?}", load.work), "cache": way,
+                "depth": load.depth, "results": all })
+        );
+        return;
+    }
+    print!("{:10} {way:6} {:>2}", format!("{:?}", load.work), load.depth);
+    for of in rates {
+        print!("  {:>9.0} ({:>5.2})", median(of.clone()), ratio(of));
+    }
+    println!();
+}
+
+fn main() -> Result<()> {
+    let (mut json, mut seconds) = (false, 0.5);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--json" => json = true,
+            other => seconds = other.parse()?,
+        }
+    }
+    let folder = tempfile::tempdir_in(".")?;
+    if !json {
+        let names: Vec<_> = RUNNERS.iter().map(|(name, ..)| format!("{name:>17}")).collect();
+        println!("IOPS (our qcow2 as a multiple)  {}", names.join("  "));
+    }
+    let time = Duration::from_secs_f64(seconds);
+    for work in [Work::Read, Work::Overwrite, Work::FirstWrite] {
+        for direct in [false, true] {
+            for depth in [1, 32] {
+                let load = Load { work, direct, depth, time };
+                print(&load, &rounds(folder.path(), &load)?, json);
+            }
+        }
+    }
+    Ok(())
+}
