@@ -1,6 +1,7 @@
 //! What a disk may hold after a power cut: for each sector what it held at the last flush that
 //! was answered, or anything that was written since.
 use std::ops::Range;
+use std::sync::Arc;
 
 pub const SECTOR: usize = 512;
 /// The tag of what a backing image holds.
@@ -39,9 +40,10 @@ pub fn tag_of(bytes: &[u8], sector: u64) -> Option<u32> {
     (bytes == expected).then_some(tag)
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Version {
     tag: u32,
+    bytes: Arc<[u8; SECTOR]>,
     /// The journal's length when it began.
     from: usize,
 }
@@ -77,6 +79,7 @@ struct Snapshot {
 /// All that was done to a disk. Times are lengths of the journal.
 #[derive(Debug)]
 pub struct History {
+    zeroes: Arc<[u8; SECTOR]>,
     sectors: Vec<Sector>,
     live: Vec<u32>,
     sizes: Vec<(u64, usize)>,
@@ -88,15 +91,25 @@ impl History {
     /// A durable disk of `size` sectors, each with its tag; it may grow to `room` sectors.
     pub fn new(size: u64, room: u64, tag: impl Fn(u64) -> u32) -> Self {
         let live: Vec<_> = (0..room).map(|s| if s < size { tag(s) } else { 0 }).collect();
-        let sector =
-            |tag: &u32| Sector { versions: vec![Version { tag: *tag, from: 0 }], certain: 0 };
-        History {
-            sectors: live.iter().map(sector).collect(),
-            live,
+        let mut history = History {
+            zeroes: Arc::new([0; SECTOR]),
+            sectors: vec![Sector::default(); live.len()],
+            live: Vec::new(),
             sizes: vec![(size, 0)],
             flushes: Vec::new(),
             snapshots: Vec::new(),
+        };
+        (0..).zip(&live).for_each(|(sector, tag)| history.push(sector, *tag, 0));
+        history.live = live;
+        history
+    }
+
+    fn push(&mut self, sector: u64, tag: u32, from: usize) {
+        let mut bytes = Arc::clone(&self.zeroes);
+        if tag != 0 {
+            fill(tag, sector, Arc::make_mut(&mut bytes));
         }
+        self.sectors[sector as usize].versions.push(Version { tag, bytes, from });
     }
 
     /// Sectors as of now.
@@ -114,17 +127,15 @@ impl History {
 
     /// `sectors` may hold `tag` from now on.
     pub fn may_hold(&mut self, sectors: Range<u64>, tag: u32, from: usize) {
-        for sector in &mut self.sectors[sectors.start as usize..sectors.end as usize] {
-            sector.versions.push(Version { tag, from });
-        }
+        sectors.for_each(|sector| self.push(sector, tag, from));
     }
     /// `sector` reads as `tag`.
     pub fn holds(&mut self, sector: u64, tag: u32, from: usize) {
         self.live[sector as usize] = tag;
-        let sector = &mut self.sectors[sector as usize];
-        if sector.versions.last().is_none_or(|v| v.tag != tag) {
-            sector.versions.push(Version { tag, from });
+        if self.sectors[sector as usize].versions.last().is_none_or(|v| v.tag != tag) {
+            self.push(sector, tag, from);
         }
+        let sector = &mut self.sectors[sector as usize];
         sector.certain = sector.versions.len() as u32 - 1;
     }
     /// A flush was answered.
@@ -212,9 +223,9 @@ impl Allowed<'_> {
     pub fn bytes(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
         for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR)) {
             let versions = self.versions(sector);
-            let tag = tag_of(bytes, sector);
-            if tag.is_none_or(|tag| versions.iter().all(|v| v.tag != tag)) {
+            if versions.iter().rev().all(|v| v.bytes[..] != *bytes) {
                 let tags: Vec<_> = versions.iter().map(|v| v.tag).collect();
+                let tag = tag_of(bytes, sector);
                 let found = tag.map_or_else(|| describe(bytes), |t| format!("write {t}"));
                 return Err(format!("sector {sector} holds {found}, not one of {tags:?}"));
             }
