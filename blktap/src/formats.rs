@@ -29,6 +29,7 @@ mod wait;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 pub use error::ImageError;
 pub use guards::{ClusterGuards, GuardedRange};
@@ -197,6 +198,20 @@ pub trait Format: Send + Sync {
     fn leases(&self) -> &Arc<Leases>;
     /// The image that [`Place::Absent`] refers to.
     fn backing(&self) -> Option<BackingName> {
+        None
+    }
+    /// Other names of that image, to be tried in this order where the first leads to no file.
+    fn other_backing_names(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// Whether an image is the one that this one was made on: `backing` was opened by one of the
+    /// names, its file was last modified at that time.
+    fn check_backing(&self, backing: &dyn Format, modified: SystemTime) -> Result<(), ImageError> {
+        let _ = (backing, modified);
+        Ok(())
+    }
+    /// The unique id by which images know that they are built on this one.
+    fn unique_id(&self) -> Option<[u8; 16]> {
         None
     }
 

@@ -3,8 +3,10 @@ mod chain;
 mod log;
 mod lower;
 mod open;
+mod probe;
 mod queue;
 mod requests;
+mod status;
 mod transfer;
 mod workers;
 
@@ -18,7 +20,9 @@ pub use open::{
     BackingPolicy, ImageFormat, ImageOpenError, ImageOptions, MAX_CHAIN, open, open_image,
     open_layers,
 };
+pub use probe::probe;
 pub use queue::ImageQueue;
+pub use status::{Status, StatusPlace};
 pub use workers::Blocking;
 
 use crate::disk::{Disk, DiskQueue, Geometry, Kept, Region};
@@ -33,19 +37,20 @@ struct Shared {
     chain: Arc<Chain>,
     workers: Arc<Workers>,
     log: Arc<ErrorLog>,
+    /// A power of two.
     logical: u32,
+    access: Access,
     /// Whether `close` has been carried out, and how that ended.
     closed: Mutex<Option<Result<(), String>>>,
 }
 
 impl Shared {
     fn read_only(&self) -> bool {
-        self.chain.files().first().is_none_or(|f| f.access() == Access::ReadOnly)
+        self.access == Access::ReadOnly
     }
     /// Whole logical blocks, in bytes.
     fn size(&self) -> u64 {
-        let size = self.chain.top().size();
-        size - size % u64::from(self.logical)
+        self.chain.top().size() & !(u64::from(self.logical) - 1)
     }
     fn close(&self) -> Result<(), ImageError> {
         let mut closed = self.closed.lock();
@@ -84,8 +89,10 @@ impl ImageDisk {
             let why = format!("a logical block of {logical_block} bytes: 512, 1024, 2048 or 4096");
             return Err(ImageError::Invalid(why));
         }
+        let chain = Chain::new(layers)?;
         let shared = Shared {
-            chain: Arc::new(Chain::new(layers)?),
+            access: chain.files().first().map_or(Access::ReadOnly, |f| f.access()),
+            chain: Arc::new(chain),
             workers: Arc::new(Workers::new(blocking)),
             log: Arc::default(),
             logical: logical_block,

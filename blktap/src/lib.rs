@@ -1,5 +1,6 @@
 //! Disks: a [`Disk`] is opened once and gives one [`DiskQueue`] to each thread that does I/O.
 pub mod blocking;
+pub mod copy;
 pub mod disk;
 pub mod engine;
 pub mod faults;

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::marker::PhantomData;
 use core::num::NonZeroU32;
-use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use perf::Handle;
 
@@ -290,6 +290,14 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         notify
     }
 
+    /// Whether [`publish`](Self::publish) would now say `Send`: the frontend waits for one of the
+    /// responses that are written. It may have changed a moment later.
+    #[inline]
+    pub fn is_awaited(&self) -> bool {
+        let event = self.region.word(RSP_EVENT).load(Relaxed);
+        self.written.wrapping_sub(event) < self.written.wrapping_sub(self.published)
+    }
+
     /// Looks whether there are requests, without asking for a notification.
     #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
@@ -327,6 +335,12 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     fn corrupt(&self, found: u32) -> Corrupt {
         let room = self.slots.saturating_sub(self.seen.wrapping_sub(self.published));
         Corrupt { ring: P::NAME, index: "req_prod", found, least: self.seen, room }
+    }
+
+    /// Looks whether there are requests to take.
+    #[inline]
+    pub fn peek(&mut self) -> Result<Pending, Corrupt> {
+        if self.unconsumed() > 0 { Ok(Pending::Work) } else { self.look() }
     }
 
     /// Looks for requests while polling, and counts whether it paid.

@@ -1,6 +1,7 @@
 //! `ringback bench`: measurements as commands, each beside somebody else's code under the same
 //! load.
 
+mod alone;
 mod blk;
 mod front;
 mod host;

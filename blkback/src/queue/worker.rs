@@ -22,8 +22,12 @@ use crate::proto::{
 };
 use zerocopy::FromBytes;
 
-/// Requests taken from the ring in one go.
-const BATCH: usize = 64;
+/// Requests taken from the ring in one go. A frontend that polls works on one batch of answers
+/// while this end works on the next: at depth 32 that makes 73 ns a request of 125. Smaller
+/// ones cost more enters of io_uring.
+const BATCH: usize = 16;
+/// A frontend that sleeps is woken once for up to so many answers.
+const ANSWERS: u32 = 64;
 /// Wake-ups without a request after which the next ones are put off (XSA-332).
 const SPURIOUS_STREAK: u32 = 32;
 /// How long they are put off.
@@ -179,10 +183,11 @@ impl<A: Abi> Worker<A> {
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
         self.reap()?;
-        let moved = self.take()?;
         let done = !self.run.done.is_empty();
         self.run.done.clear();
-        self.publish()?;
+        // Before the next requests: those that the page cache serves take their time in `take`.
+        self.publish_batch()?;
+        let moved = self.take()?;
         if moved == 0 && !done {
             return Ok(false);
         }
@@ -489,6 +494,18 @@ impl<A: Abi> Worker<A> {
             self.ring.respond(token, &A::encode_response(&response));
             self.run.unpublished += 1;
         }
+    }
+
+    /// Publishes, unless that means waking a frontend which has more for this end to do first.
+    fn publish_batch(&mut self) -> Result<(), Fault> {
+        let few = (1..ANSWERS).contains(&self.run.unpublished);
+        if few && self.ring.is_awaited() {
+            let more = self.ring.peek().map_err(|e| self.corrupt(&e))?;
+            if more == Pending::Work && self.run.waiting.is_empty() {
+                return Ok(());
+            }
+        }
+        self.publish()
     }
 
     fn publish(&mut self) -> Result<(), Fault> {

@@ -29,6 +29,7 @@ mod space;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
@@ -112,11 +113,6 @@ impl Vhd {
         self.kind
     }
 
-    /// The unique id by which a differencing image knows its parent.
-    pub fn id(&self) -> [u8; 16] {
-        self.footer.id
-    }
-
     /// What a differencing image says about its parent.
     pub fn parent(&self) -> Option<&Parent> {
         self.parent.as_ref()
@@ -148,6 +144,21 @@ impl Format for Vhd {
         let name = parent.names.first().map(|(_, name)| name.clone()).unwrap_or_default();
         let format = if parent.id.is_some() { "vpc" } else { "raw" };
         Some(BackingName { name, format: Some(format.to_owned()) })
+    }
+    fn other_backing_names(&self) -> Vec<String> {
+        let names = self.parent.iter().flat_map(|p| &p.names);
+        names.skip(1).map(|(_, name)| name.clone()).collect()
+    }
+    fn check_backing(&self, backing: &dyn Format, modified: SystemTime) -> Result<(), ImageError> {
+        let Some(parent) = &self.parent else { return Ok(()) };
+        if parent.check(backing.unique_id(), modified)? == ParentState::Touched {
+            let name = self.storage().name();
+            tracing::warn!("{name}: its parent's file was modified since, or its time was");
+        }
+        Ok(())
+    }
+    fn unique_id(&self) -> Option<[u8; 16]> {
+        Some(self.footer.id)
     }
 
     fn resolve_read(

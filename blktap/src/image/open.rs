@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
-use crate::formats::{Format, ImageError, RawFormat, vhd};
+use crate::formats::vhd::Vhd;
+use crate::formats::{BackingName, Format, ImageError, RawFormat};
 use crate::storage::{
     self, Access, BlockSize, Cache, FileStorage, Lock, OpenOptions, Sharing, Storage,
 };
@@ -167,46 +168,32 @@ pub fn open_image(options: &ImageOptions) -> Result<Arc<ImageDisk>, ImageOpenErr
 /// The image and those it builds on, nearest first.
 pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, ImageOpenError> {
     let mut opener = Opener { options, seen: Vec::new() };
-    let mut layers = Vec::new();
+    let mut layers: Vec<Arc<dyn Format>> = Vec::new();
     let mut next = Some((options.file.clone(), options.format));
-    let mut expected = None;
     while let Some((file, format)) = next {
         let path = file.path.clone();
         if layers.len() >= MAX_CHAIN {
             let why = format!("more than {MAX_CHAIN} images build on each other");
             return Err(ImageOpenError { path, source: ImageError::Unsupported(why) });
         }
-        let layer = opener.layer(&file, format).map_err(about(&path))?;
-        if let Some(expected) = expected.take() {
-            check_parent(&expected, &layer, &path).map_err(about(&path))?;
+        let opened = opener.layer(&file, format).map_err(about(&path))?;
+        if let Some(above) = layers.last() {
+            let modified = std::fs::metadata(&path).and_then(|m| m.modified());
+            let modified = modified.map_err(ImageError::io("examine the file"));
+            let checked = modified.and_then(|time| above.check_backing(&*opened, time));
+            let child = above.files().first().map_or_else(String::new, |f| f.name());
+            checked.map_err(about(Path::new(&child)))?;
         }
-        next = match options.backing {
-            BackingPolicy::Ignore => None,
-            _ => opener.below(&path, &layer).map_err(about(&path))?,
+        next = match opened.backing() {
+            Some(name) if options.backing != BackingPolicy::Ignore => {
+                let name = opener.existing(&path, name, opened.other_backing_names());
+                Some(opener.parent(&path, &name).map_err(about(&path))?)
+            }
+            _ => None,
         };
-        expected = layer.parent;
-        layers.push(layer.format);
+        layers.push(opened);
     }
     Ok(layers)
-}
-
-/// An opened image, with what its format alone knows.
-struct Opened {
-    format: Arc<dyn Format>,
-    /// The unique id of a VHD.
-    id: Option<[u8; 16]>,
-    /// What a differencing VHD says of its parent.
-    parent: Option<vhd::Parent>,
-}
-
-/// Whether a VHD's parent is the one that it was made over.
-fn check_parent(expected: &vhd::Parent, found: &Opened, path: &Path) -> Result<(), ImageError> {
-    let modified = std::fs::metadata(path).and_then(|m| m.modified());
-    let modified = modified.map_err(ImageError::io("find the time of its last change"))?;
-    if expected.check(found.id, modified)? == vhd::ParentState::Touched {
-        tracing::warn!("{}: changed since another image was made over it", path.display());
-    }
-    Ok(())
 }
 
 struct Opener<'a> {
@@ -229,32 +216,40 @@ impl Opener<'_> {
         Ok(Arc::new(file))
     }
 
-    fn layer(&mut self, file: &OpenOptions, format: ImageFormat) -> Result<Opened, ImageError> {
+    fn layer(
+        &mut self,
+        file: &OpenOptions,
+        format: ImageFormat,
+    ) -> Result<Arc<dyn Format>, ImageError> {
         let storage: Arc<dyn Storage> = self.storage(file)?;
-        let (mut id, mut parent) = (None, None);
-        let format: Arc<dyn Format> = match format {
+        match format {
             ImageFormat::Raw => {
-                Arc::new(RawFormat::new(storage).map_err(ImageError::io("find the size"))?)
+                let raw = RawFormat::new(storage).map_err(ImageError::io("find the size"))?;
+                Ok(Arc::new(raw))
             }
-            ImageFormat::Vhd => {
-                let image = vhd::Vhd::open(storage)?;
-                (id, parent) = (Some(image.id()), image.parent().cloned());
-                Arc::new(image)
-            }
+            ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
             ImageFormat::Qcow | ImageFormat::Qcow2 => {
-                return Err(ImageError::Unsupported(format!("format {format}")));
+                Err(ImageError::Unsupported(format!("format {format}")))
             }
-        };
-        Ok(Opened { format, id, parent })
+        }
     }
 
-    /// How the image that `layer`, at `path`, builds on is to be opened.
-    fn below(
+    /// The first of the names by which there is a file that may be opened, else the first.
+    fn existing(&self, path: &Path, first: BackingName, others: Vec<String>) -> BackingName {
+        let may_open = |name: &String| self.allowed(path, name, "backing file").is_ok();
+        if others.is_empty() || may_open(&first.name) {
+            return first;
+        }
+        let name = others.into_iter().find(may_open).unwrap_or(first.name);
+        BackingName { name, ..first }
+    }
+
+    /// How the image that `path` builds on is to be opened.
+    fn parent(
         &self,
         path: &Path,
-        layer: &Opened,
-    ) -> Result<Option<(OpenOptions, ImageFormat)>, ImageError> {
-        let Some(name) = layer.format.backing() else { return Ok(None) };
+        name: &BackingName,
+    ) -> Result<(OpenOptions, ImageFormat), ImageError> {
         let Some(format) = &name.format else {
             return Err(ImageError::Unsupported(format!(
                 "its backing file {:?} has no format in the header: give it one with \
@@ -265,10 +260,7 @@ impl Opener<'_> {
             )));
         };
         let format = format.parse()?;
-        let found = match &layer.parent {
-            Some(parent) => self.allowed_parent(path, parent)?,
-            None => self.allowed(path, &name.name, "backing file")?,
-        };
+        let found = self.allowed(path, &name.name, "backing file")?;
         let lock = match self.options.file.lock {
             Lock::Off => Lock::Off,
             Lock::Held { wait, .. } => Lock::Held { sharing: Sharing::Exclusive, wait },
@@ -282,19 +274,7 @@ impl Opener<'_> {
             .cache(cache)
             .lock(lock)
             .logical_block(self.options.file.logical_block);
-        Ok(Some((options, format)))
-    }
-
-    /// The first of a VHD parent's names that leads to a file, if the policy allows that.
-    fn allowed_parent(&self, path: &Path, parent: &vhd::Parent) -> Result<PathBuf, ImageError> {
-        let mut first = None;
-        for (_, name) in &parent.names {
-            match self.allowed(path, name, "parent") {
-                Ok(found) => return Ok(found),
-                Err(e) => first = first.or(Some(e)),
-            }
-        }
-        Err(first.unwrap_or_else(|| ImageError::Corrupt("its parent has no name".into())))
+        Ok((options, format))
     }
 
     /// The path that an image means by `name`, if the policy allows it to be opened.

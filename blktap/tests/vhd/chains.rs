@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use blktap::blocking;
 use blktap::formats::vhd::{Kind, Naming, NewParent, ParentState, Shape};
 use blktap::formats::{Format, RawFormat};
-use blktap::storage::Access;
+use blktap::image::{self, ImageFormat, ImageOptions};
+use blktap::storage::{Access, Cache, OpenOptions};
 
 use super::driver::Driver;
 use super::{Numbers, create, folder, open_vhd, pattern, qemu, storage};
@@ -15,7 +17,7 @@ const SIZE: u64 = (9 << 20) + 1536;
 
 /// A new image on top of `parent`, which is a VHD.
 fn create_child(path: &Path, parent: &Path, size: u64) {
-    let id = Some(open_vhd(parent, Access::ReadOnly).id());
+    let id = open_vhd(parent, Access::ReadOnly).unique_id();
     create(path, size, Shape::Differencing(described(parent, id)));
 }
 
@@ -163,13 +165,43 @@ fn a_child_says_who_its_parent_is() {
     let backing = child.backing().expect("a parent");
     assert_eq!((backing.name.as_str(), backing.format.as_deref()), ("./a b ü.vhd", Some("vpc")));
 
-    let id = Some(open_vhd(&base, Access::ReadOnly).id());
+    let id = open_vhd(&base, Access::ReadOnly).unique_id();
     assert_eq!(parent.check(id, time).expect("the same"), ParentState::AsRecorded);
     let later = time + Duration::from_secs(2);
     assert_eq!(parent.check(id, later).expect("the same"), ParentState::Touched);
     let other = parent.check(Some([1; 16]), time).expect_err("another").to_string();
     assert!(other.contains("01010101-0101-0101-0101-010101010101"), "{other}");
     assert!(parent.check(None, time).is_err(), "a raw one");
+}
+
+#[test]
+fn the_image_layer_finds_the_right_parent() {
+    let folder = folder();
+    let [base, other, child] = ["base.vhd", "o.vhd", "c.vhd"].map(|n| folder.path().join(n));
+    create(&base, SIZE, Shape::Dynamic);
+    create(&other, SIZE, Shape::Dynamic);
+    let mut disk = chain(std::slice::from_ref(&base));
+    disk.write(5 << 20, &pattern(1, 512)).expect("write");
+    disk.close().expect("close");
+    // The relative name leads nowhere, the absolute one does.
+    let parent = described(&base, open_vhd(&base, Access::ReadOnly).unique_id());
+    create(&child, SIZE, Shape::Differencing(NewParent { relative: "x/y".into(), ..parent }));
+    let file = OpenOptions::new(&child).cache(Cache::Writeback);
+    let options = ImageOptions::new(ImageFormat::Vhd, file);
+    let disk = image::open(&options).unwrap_or_else(|e| panic!("{e}"));
+    let mut queue = disk.queue(8).expect("a queue");
+    let mut read = vec![0; 1024];
+    blocking::write_at(&mut *queue, (5 << 20) + 512, &pattern(2, 512)).expect("write");
+    blocking::read_at(&mut *queue, 5 << 20, &mut read).expect("read");
+    assert!(read == [pattern(1, 512), pattern(2, 512)].concat());
+    drop((queue, disk));
+
+    std::fs::rename(&other, &base).expect("another image in its place");
+    let refused = image::open(&options).err().expect("it is not the parent").to_string();
+    assert!(refused.contains("c.vhd") && refused.contains("unique id"), "{refused}");
+    std::fs::remove_file(&base).expect("gone");
+    let refused = image::open(&options).err().expect("no parent").to_string();
+    assert!(refused.contains("backing file"), "{refused}");
 }
 
 /// QEMU knows no parents, but an image that has every sector is a dynamic one to it.

@@ -12,7 +12,7 @@ use super::host::{self, End, Ours, Served};
 use super::load::{BLOCK, Load, Measured, Op};
 use super::peer::Waiting;
 use super::qemu::{self, Qemu};
-use super::{Result, Scratch, machine, median, peer, table};
+use super::{Result, Scratch, alone, machine, median, peer, table};
 use crate::cli::{self, BenchBlk, Placement};
 
 /// Bytes of the null disk.
@@ -21,8 +21,6 @@ const NULL_SIZE: u64 = 1 << 40;
 const FILE_SIZE: u64 = 256 << 20;
 /// Seconds before each measurement.
 const WARM_UP: f64 = 0.2;
-/// Length of the trial of a peer's ways of waiting.
-const TRIAL: f64 = 0.2;
 
 /// How both sides use the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +133,15 @@ fn iops(m: &Measured) -> f64 {
     m.requests as f64 / m.seconds
 }
 
+/// A peer's medians.
+#[derive(Clone, Debug, Serialize)]
+pub struct Peer {
+    pub client: Waiting,
+    pub side: Side,
+    /// Median of the rounds' ratios of IOPS, ours to its.
+    pub ratio: f64,
+}
+
 /// A line of the table.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
@@ -142,12 +149,11 @@ pub struct Row {
     pub op: Op,
     pub depth: u32,
     pub ringback: Side,
-    pub qemu: Option<Side>,
-    /// How QEMU's client waited: whichever was faster in a short trial.
-    pub qemu_client: Option<Waiting>,
-    /// Median of the pairs' ratios of IOPS.
-    pub ratio: Option<f64>,
+    /// QEMU, by each of the ways in which its client can wait.
+    pub qemu: Vec<Peer>,
     pub aim: Option<f64>,
+    /// Of a file's reads: by the engine alone, in one thread.
+    pub alone_iops: Option<f64>,
 }
 
 /// Runs all cases, or the idle one.
@@ -186,7 +192,7 @@ pub fn run(options: &BenchBlk) -> Result {
     }
     if options.json {
         let document = serde_json::json!({
-            "schema": 1, "bench": "blk", "machine": machine(), "qemu": version,
+            "schema": 2, "bench": "blk", "machine": machine(), "qemu": version,
             "pinned": options.place == Placement::Pinned, "seconds": options.seconds, "rounds": options.rounds, "rows": rows,
         });
         println!("{document}");
@@ -273,36 +279,35 @@ impl<'a> Pair<'a> {
         Ok(Pair { disk, options, ours, qemu, _folders: folders })
     }
 
-    /// How the peer's client does best: it has to choose, where our frontend adapts.
-    fn choose(&self, load: Load) -> Result<Option<Waiting>> {
-        let Some(qemu) = &self.qemu else { return Ok(None) };
-        let load = Load { seconds: TRIAL, ..load };
-        let polling = iops(&qemu.measure(load, Waiting::Polling)?);
-        let sleeping = iops(&qemu.measure(load, Waiting::Sleeping)?);
-        Ok(Some(if polling > sleeping { Waiting::Polling } else { Waiting::Sleeping }))
-    }
-
     fn row(&self, op: Op, depth: u32) -> Result<Row> {
         let span = self.disk.span()?;
         let load = Load { op, depth, span, warm_up: WARM_UP, seconds: self.options.seconds };
-        let waiting = self.choose(load)?;
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        // Its client must choose, where our frontend adapts.
+        let mut theirs = [(Waiting::Sleeping, Vec::new()), (Waiting::Polling, Vec::new())];
+        let (mut ours, mut alone) = (Vec::new(), Vec::new());
         for _ in 0..self.options.rounds.max(1) {
             ours.push(self.ours.measure(load, None)?);
-            if let Some((qemu, waiting)) = self.qemu.as_ref().zip(waiting) {
-                theirs.push(qemu.measure(load, waiting)?);
+            if let Some(qemu) = &self.qemu {
+                for (waiting, all) in &mut theirs {
+                    all.push(qemu.measure(load, *waiting)?);
+                }
+            }
+            if let (Disk::File { path, cache, .. }, Op::Read) = (self.disk, op) {
+                alone.push(iops(&alone::measure(path, *cache, load)?));
             }
         }
-        let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(o, t)| iops(o) / iops(t)).collect();
+        let peer = |(client, all): &(Waiting, Vec<Measured>)| {
+            let ratios = ours.iter().zip(all).map(|(o, t)| iops(o) / iops(t)).collect();
+            Peer { client: *client, side: Side::of(all), ratio: median(ratios) }
+        };
         Ok(Row {
             disk: self.disk.name(),
             op,
             depth,
             ringback: Side::of(&ours),
-            qemu: (!theirs.is_empty()).then(|| Side::of(&theirs)),
-            qemu_client: waiting,
-            ratio: (!ratios.is_empty()).then(|| median(ratios)),
+            qemu: theirs.iter().filter(|(_, all)| !all.is_empty()).map(peer).collect(),
             aim: self.disk.aim(depth),
+            alone_iops: (!alone.is_empty()).then(|| median(alone)),
         })
     }
 }

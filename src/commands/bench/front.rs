@@ -31,25 +31,31 @@ pub struct Plan {
     pub idle: Option<f64>,
 }
 
-struct Front {
+/// A queue, a buffer for each slot of the load, and what the two do for a client.
+pub struct Through {
     queue: Box<dyn DiskQueue>,
     bufs: Vec<[IoBuf; 1]>,
     done: Vec<Done>,
-    counters: FrontCounters,
 }
 
-impl Client for Front {
-    fn send(&mut self, op: Op, offset: u64, slot: u32) -> io::Result<()> {
+impl Through {
+    /// The buffers outlive the queue.
+    pub fn new(queue: Box<dyn DiskQueue>, bufs: Vec<[IoBuf; 1]>) -> Through {
+        let done = Vec::with_capacity(bufs.len());
+        Through { queue, bufs, done }
+    }
+
+    pub fn send(&mut self, op: Op, offset: u64, slot: u32) -> io::Result<()> {
         let op = match op {
             Op::Read => blktap::Op::Read,
             Op::Write => blktap::Op::Write,
         };
         let bufs = &self.bufs[slot as usize];
         let request = Request { op, offset, len: BLOCK, bufs, token: u64::from(slot) };
-        self.queue.submit(&request).map_err(|_| io::Error::other("the ring is full"))
+        self.queue.submit(&request).map_err(|_| io::Error::other("the queue is full"))
     }
 
-    fn collect(&mut self, answered: &mut Vec<u32>) -> io::Result<()> {
+    pub fn collect(&mut self, answered: &mut Vec<u32>) -> io::Result<()> {
         loop {
             self.queue.wait(&[], None)?;
             self.queue.poll(&mut self.done)?;
@@ -63,6 +69,21 @@ impl Client for Front {
                 return Ok(());
             }
         }
+    }
+}
+
+struct Front {
+    through: Through,
+    counters: FrontCounters,
+}
+
+impl Client for Front {
+    fn send(&mut self, op: Op, offset: u64, slot: u32) -> io::Result<()> {
+        self.through.send(op, offset, slot)
+    }
+
+    fn collect(&mut self, answered: &mut Vec<u32>) -> io::Result<()> {
+        self.through.collect(answered)
     }
 
     /// Each sleep is one poll; each notification sent a write, each received a read.
@@ -103,9 +124,8 @@ pub fn run(plan: &Plan) -> io::Result<Measured> {
         [unsafe { IoBuf::new(memory.base().add(at), BLOCK as usize) }]
     };
     let bufs = (0..depth).map(buf).collect();
-    let done = Vec::with_capacity(depth as usize);
     let counters = front.counters()[0].clone();
-    let mut client = Front { queue, bufs, done, counters };
+    let mut client = Front { through: Through::new(queue, bufs), counters };
     let stats = std::cell::RefCell::new(Reader::open(&plan.stats).map_err(io::Error::other)?);
     let pid = plan.backend_pid.to_string();
     let backend = || -> io::Result<(Usage, Option<u64>)> {

@@ -14,6 +14,7 @@ pub fn heading(options: &BenchBlk, peer: Option<&str>) {
     );
     if let Some(peer) = peer {
         println!("beside {peer} with vhost-user-blk and the blkio crate's client");
+        println!("(alone: a file's reads by the backend's engine in one thread, without a ring)");
     }
     println!(
         "{:14} {:5} {:>5} {:9} {:>11} {:>13} {:>13} {:>13} {:>13}  ratio",
@@ -43,13 +44,17 @@ pub fn row(row: &Row) {
         Op::Write => "write",
     };
     println!("{:14} {op:5} {:5} {}", row.disk, row.depth, side("ringback", &row.ringback));
-    if let (Some(qemu), Some(ratio)) = (&row.qemu, row.ratio) {
-        let aim = row.aim.map_or(String::new(), |aim| format!(" (aim {aim})"));
-        let client = match row.qemu_client {
-            Some(Waiting::Polling) => "polling client",
-            _ => "sleeping client",
+    let aim = row.aim.map_or(String::new(), |aim| format!(" (aim {aim})"));
+    for peer in &row.qemu {
+        let client = match peer.client {
+            Waiting::Polling => "polling",
+            Waiting::Sleeping => "sleeping",
         };
-        println!("{:26} {} {ratio:6.2}{aim}, {client}", "", side("qemu", qemu));
+        let ratio = peer.ratio;
+        println!("{:26} {} {ratio:6.2}{aim}, client {client}", "", side("qemu", &peer.side));
+    }
+    if let Some(alone) = row.alone_iops {
+        println!("{:26} {:9} {alone:11.0}", "", "alone");
     }
 }
 

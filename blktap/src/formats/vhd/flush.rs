@@ -1,6 +1,6 @@
 //! Making data durable, then what names them.
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -19,18 +19,19 @@ pub(super) struct Changes {
     pub freed: Vec<(u32, u64)>,
 }
 
-/// The changes, with a flag that is read without their lock.
+/// The changes, with their counts, which are read without the lock.
 #[derive(Default)]
 pub(super) struct Dirty {
     changes: Mutex<Changes>,
-    any: AtomicBool,
+    made: AtomicU64,
+    flushed: AtomicU64,
 }
 
 impl Dirty {
     /// The changes, to add one.
     pub fn changes(&self) -> MutexGuard<'_, Changes> {
         let changes = self.changes.lock();
-        self.any.store(true, Ordering::Release);
+        self.made.fetch_add(1, Ordering::Release);
         changes
     }
     /// Whether a block's bitmap has bits that the file does not have.
@@ -38,12 +39,12 @@ impl Dirty {
         self.changes.lock().bitmaps.contains(&block)
     }
     pub fn is_dirty(&self) -> bool {
-        self.any.load(Ordering::Acquire)
+        self.made.load(Ordering::Acquire) != self.flushed.load(Ordering::Acquire)
     }
-    fn take(&self) -> Changes {
+    /// The changes, and the count that says that they are flushed.
+    fn take(&self) -> (Changes, u64) {
         let mut changes = self.changes.lock();
-        self.any.store(false, Ordering::Release);
-        std::mem::take(&mut changes)
+        (std::mem::take(&mut changes), self.made.load(Ordering::Acquire))
     }
 }
 
@@ -78,11 +79,12 @@ impl Table {
     /// One flush at a time.
     pub(super) fn flush(&self, storage: &dyn Storage, leases: &Leases) -> Result<(), ImageError> {
         let sync = || storage.sync().map_err(ImageError::io("flush the file"));
-        let changes = self.dirty.take();
+        let (changes, count) = self.dirty.take();
         let bitmaps = self.stored_bitmaps(&changes);
         // Data, new blocks' bitmaps and the footer.
         sync()?;
         if changes.table.is_empty() && bitmaps.is_empty() {
+            self.dirty.flushed.store(count, Ordering::Release);
             return Ok(());
         }
         for (at, bytes) in &bitmaps {
@@ -91,6 +93,7 @@ impl Table {
         self.write_entries(&changes.table, storage)?;
         self.clear_batmap(&changes.table, storage)?;
         sync()?;
+        self.dirty.flushed.store(count, Ordering::Release);
         for block in changes.bitmaps {
             if self.word(block) & FULL != 0 {
                 self.bitmaps.drop_idle(block, |b| !self.dirty.has_bitmap(b));
