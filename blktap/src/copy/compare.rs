@@ -48,7 +48,11 @@ impl Held<'_> {
 
 impl Stream {
     /// Has the piece that holds the byte at `at`.
-    fn advance(&mut self, at: u64, check: &mut dyn FnMut() -> ControlFlow<()>) -> Result<(), CopyError> {
+    fn advance(
+        &mut self,
+        at: u64,
+        check: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<(), CopyError> {
         loop {
             match &self.piece {
                 Some(piece) if at < piece.offset + piece.len => return Ok(()),
@@ -116,8 +120,10 @@ pub fn compare(a: &dyn Disk, b: &dyn Disk, tick: Tick<'_>) -> Result<Compared, C
     let mut readers = Vec::new();
     let plans: [(&dyn Disk, Plan<'_>); 2] = [(a, &mut only_a), (b, &mut only_b)];
     for (disk, plan) in plans {
-        let (theirs, ours) = pipe::ends(16, 1 << 20).map_err(CopyError::other("make an eventfd"))?;
-        readers.push((Reader::new(disk, long, 1 << 20, plan, Mode::new(Examine::Nothing))?, theirs));
+        let (theirs, ours) =
+            pipe::ends(16, 1 << 20).map_err(CopyError::other("make an eventfd"))?;
+        readers
+            .push((Reader::new(disk, long, 1 << 20, plan, Mode::new(Examine::Nothing))?, theirs));
         let early = BTreeMap::new();
         streams.push(Stream { ends: ours, early, next: 0, piece: None });
     }
@@ -149,12 +155,7 @@ fn longer<'a>(
     }
 }
 
-fn run(
-    a: &mut Stream,
-    b: &mut Stream,
-    len: u64,
-    tick: Tick<'_>,
-) -> Result<Compared, CopyError> {
+fn run(a: &mut Stream, b: &mut Stream, len: u64, tick: Tick<'_>) -> Result<Compared, CopyError> {
     let mut at = 0;
     while at < len {
         for stream in [&mut *a, &mut *b] {

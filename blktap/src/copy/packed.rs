@@ -84,10 +84,9 @@ pub fn copy_packed(
     })?;
     match shared.failed.into_inner() {
         Some(error) => Err(error),
-        None => Ok(Copied {
-            written: shared.written.into_inner(),
-            sparse: shared.sparse.into_inner(),
-        }),
+        None => {
+            Ok(Copied { written: shared.written.into_inner(), sparse: shared.sparse.into_inner() })
+        }
     }
 }
 

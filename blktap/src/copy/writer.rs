@@ -62,11 +62,7 @@ impl Writer {
         })
     }
 
-    pub(super) fn run(
-        mut self,
-        ends: Ends,
-        tick: Tick<'_>,
-    ) -> Result<Copied, CopyError> {
+    pub(super) fn run(mut self, ends: Ends, tick: Tick<'_>) -> Result<Copied, CopyError> {
         loop {
             ends.read.calm();
             let ended = self.receive(&ends)?;

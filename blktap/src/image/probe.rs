@@ -59,7 +59,10 @@ mod tests {
         let format = |bytes: &[u8]| of(bytes).expect("a guess");
         assert_eq!(format(b"QFI\xfb\0\0\0\x01"), Some(ImageFormat::Qcow));
         for version in [2, 3, 9] {
-            assert_eq!(format(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]), Some(ImageFormat::Qcow2));
+            assert_eq!(
+                format(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]),
+                Some(ImageFormat::Qcow2)
+            );
         }
         assert_eq!(format(b"conectix"), Some(ImageFormat::Vhd));
         for raw in [&b""[..], b"QFI", b"conecti", &[0; 4096]] {
