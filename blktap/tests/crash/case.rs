@@ -85,6 +85,10 @@ pub trait Case: Sync {
     fn qemu(&self) -> Option<&'static str> {
         None
     }
+    /// Whether a check can mend.
+    fn mends(&self) -> bool {
+        false
+    }
     /// Whether qemu-img can check that format.
     fn checked_by_qemu(&self) -> bool {
         true

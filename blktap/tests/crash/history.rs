@@ -74,6 +74,8 @@ struct Snapshot {
     deleted: Option<usize>,
     /// Flushed after it was deleted.
     gone: Option<usize>,
+    /// Its creation or deletion failed: it may be there or not.
+    unsure: bool,
 }
 
 /// All that was done to a disk. Times are lengths of the journal.
@@ -107,7 +109,7 @@ impl History {
     fn push(&mut self, sector: u64, tag: u32, from: usize) {
         let mut bytes = Arc::clone(&self.zeroes);
         if tag != 0 {
-            fill(tag, sector, Arc::make_mut(&mut bytes));
+            fill(tag, sector, &mut Arc::make_mut(&mut bytes)[..]);
         }
         self.sectors[sector as usize].versions.push(Version { tag, bytes, from });
     }
@@ -120,14 +122,19 @@ impl History {
     pub fn live(&self, sector: u64) -> u32 {
         self.live[sector as usize]
     }
-    /// The most that the disk may grow to.
-    pub fn room(&self) -> u64 {
-        self.sectors.len() as u64
+    /// A change of size failed: it may have any of the last two.
+    pub fn resize_failed(&mut self, now: u64, from: usize) {
+        self.sizes.push((now, from));
     }
 
     /// `sectors` may hold `tag` from now on.
     pub fn may_hold(&mut self, sectors: Range<u64>, tag: u32, from: usize) {
         sectors.for_each(|sector| self.push(sector, tag, from));
+    }
+    /// Whether a read may find `tag` now, as far as is known.
+    pub fn may_be(&self, sector: u64, tag: u32) -> bool {
+        let sector = &self.sectors[sector as usize];
+        sector.versions[sector.certain as usize..].iter().any(|v| v.tag == tag)
     }
     /// `sector` reads as `tag`.
     pub fn holds(&mut self, sector: u64, tag: u32, from: usize) {
@@ -158,18 +165,18 @@ impl History {
 
     pub fn snapshot_created(&mut self, name: &str, created: usize) {
         let tags = self.live[..self.size() as usize].to_vec();
-        let (name, certain) = (name.to_owned(), None);
-        self.snapshots.push(Snapshot { name, tags, created, certain, deleted: None, gone: None });
+        let (name, unsure) = (name.to_owned(), false);
+        let (certain, deleted, gone) = (None, None, None);
+        self.snapshots.push(Snapshot { name, tags, created, certain, deleted, gone, unsure });
     }
     pub fn snapshot_deleted(&mut self, name: &str, deleted: usize) {
         if let Some(s) = self.snapshots.iter_mut().find(|s| s.name == name && s.deleted.is_none()) {
             s.deleted = Some(deleted);
         }
     }
-    /// The snapshots of now.
-    pub fn snapshots(&self) -> Vec<String> {
-        let there = self.snapshots.iter().filter(|s| s.deleted.is_none());
-        there.map(|s| s.name.clone()).collect()
+    /// The creation or deletion of a snapshot failed.
+    pub fn snapshot_unsure(&mut self, name: &str) {
+        self.snapshots.iter_mut().filter(|s| s.name == name).for_each(|s| s.unsure = true);
     }
     /// A snapshot's sectors.
     pub fn snapshot(&self, name: &str) -> Option<&[u32]> {
@@ -237,9 +244,10 @@ impl Allowed<'_> {
     pub fn snapshots(&self, names: &[String]) -> Result<Vec<(String, &[u32])>, String> {
         let mut found = Vec::new();
         for s in &self.history.snapshots {
-            let must = s.certain.is_some_and(|at| at <= self.at)
+            let must = !s.unsure
+                && s.certain.is_some_and(|at| at <= self.at)
                 && s.deleted.is_none_or(|deleted| deleted >= self.at);
-            let may = s.created < self.at && s.gone.is_none_or(|gone| gone > self.at);
+            let may = s.created < self.at && (s.unsure || s.gone.is_none_or(|gone| gone > self.at));
             match names.contains(&s.name) {
                 true if may => found.push((s.name.clone(), &s.tags[..])),
                 false if must => return Err(format!("snapshot {} is lost", s.name)),
