@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
+use crate::formats::qcow2::header::Header;
+use crate::formats::qcow2::{L2Cache, Qcow2, Qcow2Options};
 use crate::formats::vhd::Vhd;
 use crate::formats::{BackingName, Format, ImageError, RawFormat};
 use crate::storage::{
@@ -228,10 +230,28 @@ impl Opener<'_> {
                 Ok(Arc::new(raw))
             }
             ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
-            ImageFormat::Qcow | ImageFormat::Qcow2 => {
-                Err(ImageError::Unsupported(format!("format {format}")))
-            }
+            ImageFormat::Qcow2 => self.qcow2(file, storage),
+            ImageFormat::Qcow => Err(ImageError::Unsupported(format!("format {format}"))),
         }
+    }
+
+    fn qcow2(
+        &mut self,
+        file: &OpenOptions,
+        storage: Arc<dyn Storage>,
+    ) -> Result<Arc<dyn Format>, ImageError> {
+        let header = Header::read(&*storage)?;
+        let mut data: Option<Arc<dyn Storage>> = None;
+        if header.has_data_file() {
+            let name = header.data_file.as_deref().unwrap_or_default();
+            let found = self.allowed(&file.path, name, "data file")?;
+            data = Some(self.storage(&OpenOptions { path: found, ..file.clone() })?);
+        }
+        let mut options = Qcow2Options::default();
+        if let Some(bytes) = self.options.cache_bytes {
+            options.l2_cache = L2Cache::Bytes(bytes);
+        }
+        Ok(Arc::new(Qcow2::open(storage, data, &options)?))
     }
 
     /// The first of the names by which there is a file that may be opened, else the first.
