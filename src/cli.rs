@@ -1,5 +1,7 @@
 //! The command line.
 
+pub mod disk;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -59,6 +61,9 @@ pub enum Command {
     /// Take a device from a guest.
     #[command(subcommand)]
     Detach(Detach),
+    /// Make, show, check, copy and change images that nobody serves, like qemu-img.
+    #[command(subcommand)]
+    Disk(disk::Disk),
     /// Tell the guest of a disk's new size (of a file that has grown, or of a resized device).
     Resize(Live),
     /// Change a knob of a running device (see `ringback knobs`).

@@ -4,6 +4,7 @@ mod attach;
 mod backend;
 mod bench;
 mod daemon;
+mod disk;
 mod doctor;
 mod guest;
 mod hypervisor;
@@ -48,11 +49,12 @@ pub fn run(cli: Cli) -> Result {
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
         Command::Bench(bench) => return bench::run(&bench),
+        Command::Disk(disk) => return disk::run(&disk),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) => Ok(ExitCode::SUCCESS),
+        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Disk(_) => Ok(ExitCode::SUCCESS),
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {

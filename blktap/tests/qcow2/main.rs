@@ -1,0 +1,4 @@
+//! QCOW2 against QEMU's own tools and a model.
+mod matrix;
+#[allow(dead_code)]
+mod qemu;
