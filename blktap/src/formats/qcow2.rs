@@ -7,12 +7,15 @@
 //! that nobody uses.
 mod cache;
 mod compressed;
+pub mod bitmaps;
+pub mod check;
 pub mod entry;
 pub mod extension;
 mod flush;
 pub mod header;
 mod load;
 mod metadata;
+pub mod offline;
 mod pool;
 mod publish;
 mod read;

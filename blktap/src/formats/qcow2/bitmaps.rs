@@ -1,0 +1,2 @@
+//! Persistent dirty bitmaps.
+pub mod directory;
