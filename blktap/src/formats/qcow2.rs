@@ -7,6 +7,7 @@
 //! that nobody uses.
 mod cache;
 mod compressed;
+pub mod create;
 pub mod bitmaps;
 pub mod check;
 pub mod entry;
