@@ -5,11 +5,11 @@
 //! resolving a write only takes from it; what a guard publishes changes slices in memory, and
 //! [`flush`] brings them to the file in an order in which each crash leaves at worst clusters
 //! that nobody uses.
+pub mod bitmaps;
 mod cache;
+pub mod check;
 mod compressed;
 pub mod create;
-pub mod bitmaps;
-pub mod check;
 pub mod entry;
 pub mod extension;
 mod flush;

@@ -11,10 +11,12 @@ use blktap::{Disk, DiskQueue, Op, blocking};
 use crate::direct::{Direct, Stop};
 
 /// What a check found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     pub corruptions: u64,
     pub leaks: u64,
+    /// In words.
+    pub why: Vec<String>,
 }
 
 /// Whether a check mends what it finds.

@@ -1,13 +1,14 @@
 //! QCOW2 images.
 use std::sync::Arc;
 
-use blktap::formats::qcow2::{L2Cache, Qcow2, Qcow2Options};
+use blktap::formats::qcow2::header::Header;
+use blktap::formats::qcow2::{L2Cache, Qcow2, Qcow2Options, check};
 use blktap::formats::{Format, ImageError};
 use blktap::storage::Storage;
 use blktap::storage::record::SparseBytes;
 
 use super::vhd::base;
-use crate::case::{Case, Image, Plain};
+use crate::case::{Case, Health, Image, Mend, Plain};
 use crate::history::{BASE, bytes_of};
 use crate::qemu;
 
@@ -85,7 +86,7 @@ impl Case for Qcow2Case {
         let options = Qcow2Options {
             l2_cache: L2Cache::Bytes(8 << 10),
             refcount_cache: 16 << 10,
-            ..Qcow2Options::default()
+            repair: Some(repair),
         };
         let image = Qcow2::open(Arc::clone(&files[0]), files.get(1).cloned(), &options)?;
         let mut layers: Vec<Arc<dyn Format>> = vec![Arc::new(image)];
@@ -94,7 +95,32 @@ impl Case for Qcow2Case {
         }
         Ok(Box::new(Plain(layers)))
     }
+    fn check(&self, files: &[Arc<dyn Storage>], mend: Mend) -> Result<Health, ImageError> {
+        let file = &*files[0];
+        let dirty = Header::read(file)?.is_dirty();
+        let report = match mend {
+            Mend::Nothing => check::check(file, check::CHECK_MEMORY, &check::unwatched)?,
+            Mend::All => {
+                check::repair(file, check::Repair::All, check::CHECK_MEMORY, &check::unwatched)?
+            }
+        };
+        // Refcounts of a dirty image are rebuilt before it is used.
+        let corruptions = if dirty { 0 } else { report.corruptions + report.check_errors };
+        let why = report.findings.iter().map(|f| f.text.clone()).collect();
+        Ok(Health { corruptions, leaks: report.leaks, why })
+    }
+    fn mends(&self) -> bool {
+        true
+    }
     fn qemu(&self) -> Option<&'static str> {
         (self.files.len() == 1).then_some("qcow2")
+    }
+}
+
+fn repair(file: &Arc<dyn Storage>) -> Result<(), ImageError> {
+    let done = check::repair(&**file, check::Repair::All, check::CHECK_MEMORY, &check::unwatched)?;
+    match done.corruptions {
+        0 => Ok(()),
+        n => Err(ImageError::Corrupt(format!("{n} corruptions are left"))),
     }
 }
