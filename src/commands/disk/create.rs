@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blktap::Disk as _;
 use blktap::image::{BackingPolicy, ImageFormat};
 use blktap::storage::{self, Access, Cache, FileStorage, Lock, OpenOptions, Sharing};
 use serde_json::json;
