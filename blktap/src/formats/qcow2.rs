@@ -21,6 +21,7 @@ mod pool;
 mod publish;
 mod read;
 mod refcounts;
+pub mod snapshots;
 mod space;
 mod write;
 mod zero;
