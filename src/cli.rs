@@ -55,6 +55,9 @@ pub enum Command {
     /// Serve devices of one kind in this process.
     #[command(subcommand)]
     Backend(Backend),
+    /// Serve images to those who have no Xen.
+    #[command(subcommand)]
+    Export(Export),
     /// Give a guest a device, without a toolstack.
     #[command(subcommand)]
     Attach(Attach),
@@ -126,6 +129,84 @@ pub struct Hypervisor {
     /// Serve until standard input ends, then remove this folder.
     #[arg(long, hide = true, value_name = "DIR")]
     pub throw_away: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub enum Export {
+    /// By the Network Block Device protocol, until a signal.
+    ///
+    /// QEMU, nbd-client, nbdcopy, fio and guests without Xen read and write the images at
+    /// nbd+unix:///NAME?socket=PATH or nbd://HOST:PORT/NAME. The server stays up when its last
+    /// client leaves. SIGTERM ends it: requests that it has taken are carried out and answered,
+    /// and the images are flushed.
+    #[command(
+        visible_alias = "qemu-nbd",
+        after_help = "\
+Examples:
+  ringback export nbd --socket /run/a.sock a.raw
+  ringback export nbd -b :: -p 10809 --tls-creds /etc/pki/nbd -r -x base a.raw
+  ringback export nbd -k /run/nbd.sock --export a=raw:/images/a.img --export b=raw:/dev/vg/b"
+    )]
+    Nbd(ExportNbd),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// Past the host's page cache (O_DIRECT).
+    None,
+    /// Through it; a flush writes it out.
+    Writeback,
+    /// Through it, and flushes do nothing: a crash of the host loses data.
+    Unsafe,
+}
+
+#[derive(Args)]
+pub struct ExportNbd {
+    /// The image; with --export there may be none.
+    #[arg(required_unless_present = "export")]
+    pub image: Option<PathBuf>,
+    /// The image's format.
+    #[arg(short, long, value_name = "FORMAT", default_value = "raw")]
+    pub format: String,
+    /// The name under which the image is exported; clients that name nothing ask for the
+    /// empty one.
+    #[arg(short = 'x', long, alias = "export-name", value_name = "NAME", default_value = "")]
+    pub name: String,
+    /// What the image is, for people who list exports.
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// Export another image; may be repeated.
+    #[arg(long, value_name = "NAME=FORMAT:PATH")]
+    pub export: Vec<String>,
+    /// Clients may only read.
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// Listen at this Unix socket.
+    #[arg(short = 'k', long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Listen at this address by TCP [default without --socket: localhost].
+    #[arg(short, long, value_name = "HOST")]
+    pub bind: Option<String>,
+    /// The TCP port; 0: one that is free, which is printed [default: 10809].
+    #[arg(short, long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Connections at once; further ones wait. Each holds at most 33 MiB.
+    #[arg(short = 'e', long, value_name = "N", default_value = "64",
+        value_parser = clap::value_parser!(u16).range(1..))]
+    pub shared: u16,
+    /// How the host's page cache is used.
+    #[arg(long, value_enum, default_value = "none")]
+    pub cache: CacheMode,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    ///
+    /// Without it an image may build only on files in its own folder.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Demand TLS: a folder with ca-cert.pem, server-cert.pem and server-key.pem, as QEMU's
+    /// tls-creds-x509. Clients need a certificate that the authority has signed. (There are no
+    /// pre-shared keys: rustls has none.)
+    #[arg(long, value_name = "DIR")]
+    pub tls_creds: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
