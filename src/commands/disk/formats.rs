@@ -1,16 +1,18 @@
 //! What the commands have to know of each format.
 
+mod qcow;
 mod qcow2;
 mod raw;
 mod vhd;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blktap::copy::{Copied, CopyOptions, Plan as CopyPlan};
 use blktap::formats::{BackingName, BitmapInfo};
 use blktap::image::ImageFormat;
-use blktap::storage::{FileStorage, Storage};
+use blktap::storage::{self, Cache, FileStorage, Lock, OpenOptions, Sharing, Storage};
 use serde_json::Value;
 
 use super::check::Checked;
@@ -27,6 +29,7 @@ use crate::cli::disk::Repair;
 /// How an image is made, with all options understood.
 pub enum Plan {
     Raw(raw::Plan),
+    Qcow(qcow::Plan),
     Vhd(vhd::Plan),
 }
 
@@ -63,6 +66,7 @@ pub fn plan(new: &mut NewImage<'_>) -> Result<Plan> {
     }
     match new.format {
         ImageFormat::Raw => Ok(Plan::Raw(raw::plan(new)?)),
+        ImageFormat::Qcow => Ok(Plan::Qcow(qcow::plan(new)?)),
         ImageFormat::Vhd => Ok(Plan::Vhd(vhd::plan(new)?)),
         other => Err(format!("{}: format {other} cannot be made", new.path.display()).into()),
     }
@@ -72,6 +76,7 @@ impl Plan {
     pub fn carry_out(&self, storage: &Arc<FileStorage>, work: &mut Work) -> Result<()> {
         match self {
             Plan::Raw(plan) => raw::create(plan, storage, work),
+            Plan::Qcow(plan) => qcow::create(plan, storage),
             Plan::Vhd(plan) => vhd::create(plan, storage, work),
         }
     }
@@ -81,6 +86,7 @@ impl Plan {
 pub fn help(format: ImageFormat) -> String {
     match format {
         ImageFormat::Raw => raw::HELP.into(),
+        ImageFormat::Qcow => qcow::HELP.into(),
         ImageFormat::Vhd => vhd::HELP.into(),
         _ => String::new(),
     }
@@ -96,7 +102,7 @@ pub fn details(opening: &Opening<'_>, format: ImageFormat) -> Result<Details> {
         }
         ImageFormat::Vhd => vhd::details(storage).map_err(about(opening.file)),
         ImageFormat::Qcow2 => qcow2::details(&*storage).map_err(about(opening.file)),
-        other => Err(format!("{}: format {other} is not supported", opening.file).into()),
+        ImageFormat::Qcow => qcow::details(storage).map_err(about(opening.file)),
     }
 }
 
@@ -162,21 +168,51 @@ pub fn snapshot_disk(opening: &Opening<'_>, name: &str) -> Result<Opened> {
 pub fn can_compress(format: ImageFormat, asked: bool) -> Result<()> {
     match format {
         _ if !asked => Ok(()),
+        ImageFormat::Qcow | ImageFormat::Qcow2 => Ok(()),
         other => lacks(other, "compression", "qcow2 and qcow have"),
     }
 }
 
-/// Copies into compressed clusters of a new image.
-pub fn pack(
-    path: &Path,
-    format: ImageFormat,
-    source: &Opened,
-    how: &mut CopyOptions,
-    plan: CopyPlan<'_>,
-    work: &mut Work,
-) -> Result<Copied> {
-    let _ = (path, source, how, plan, work);
-    lacks(format, "compression", "qcow2 and qcow have")
+/// Whether a target of the format that is there can be written.
+pub fn can_write(format: ImageFormat) -> Result<()> {
+    match format {
+        ImageFormat::Qcow => {
+            let text = "qcow images are only made whole, not written: leave -n out";
+            Err(Usage(text.into()).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A target that is written cluster by cluster instead of as a disk.
+pub struct Packing<'a> {
+    pub path: &'a Path,
+    pub format: ImageFormat,
+    pub compress: bool,
+    pub backing: Option<NewBacking>,
+    pub cache: Cache,
+}
+
+impl Packing<'_> {
+    /// Copies into the target, which was made and is empty, and makes it durable.
+    pub fn carry_out(
+        &self,
+        source: &Opened,
+        how: CopyOptions,
+        plan: CopyPlan<'_>,
+        work: &mut Work,
+    ) -> Result<Copied> {
+        match self.format {
+            ImageFormat::Qcow => qcow::pack(self, source, how, plan, work),
+            other => lacks(other, "compression", "qcow2 and qcow have"),
+        }
+    }
+
+    /// The target's file.
+    fn storage(&self) -> Result<Arc<FileStorage>> {
+        let lock = Lock::Held { sharing: Sharing::Exclusive, wait: Duration::ZERO };
+        Ok(Arc::new(storage::open(&OpenOptions::new(self.path).cache(self.cache).lock(lock))?))
+    }
 }
 
 /// Whether images of the format build on others.
