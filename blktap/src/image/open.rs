@@ -231,8 +231,8 @@ impl Opener<'_> {
                 Ok(Arc::new(raw))
             }
             ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
-            ImageFormat::Qcow2 => self.qcow2(file, storage),
             ImageFormat::Qcow => Ok(Arc::new(Qcow::open(storage)?)),
+            ImageFormat::Qcow2 => self.qcow2(file, storage),
         }
     }
 

@@ -1,0 +1,139 @@
+//! The copied flags of the active tables: set where, and only where, the refcount is 1.
+use super::entries::{self, Entry};
+use super::image::{Image, Refcounts};
+use super::report::Fault;
+use super::tables::{self, L1, L1Tables, Uses, Visitor};
+use super::walk::Sight;
+use crate::formats::ImageError;
+use crate::formats::qcow2::entry::COPIED;
+
+/// What to do with entries that are wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mend {
+    /// Count them.
+    Nothing,
+    /// Set copied flags right.
+    Copied,
+    /// Replace entries that can be said in a sound way without loss.
+    Entries,
+}
+
+/// Goes through the active L1 table and its L2 tables.
+struct Flags<'a> {
+    image: &'a Image<'a>,
+    refcounts: Refcounts<'a>,
+    mend: Mend,
+    sight: &'a mut Sight,
+    /// L1 entries to be written.
+    wrong_l1: Vec<(u64, u64)>,
+    error: Option<ImageError>,
+}
+
+/// Judges, or mends, the entries of the disk's own tables.
+pub(super) fn flags(image: &Image<'_>, mend: Mend, sight: &mut Sight) -> Result<(), ImageError> {
+    let header = image.header;
+    let active = L1 { offset: header.l1_offset, entries: u64::from(header.l1_size) };
+    flags_of(image, active, mend, sight)
+}
+
+/// The same with the tables of another L1 table.
+pub(super) fn flags_of(
+    image: &Image<'_>,
+    l1: L1,
+    mend: Mend,
+    sight: &mut Sight,
+) -> Result<(), ImageError> {
+    let mut tables = L1Tables::new();
+    tables.insert(l1, Uses { active: 1, all: 1 });
+    image.next_pass();
+    let refcounts = Refcounts::new(image);
+    let mut flags = Flags { image, refcounts, mend, sight, wrong_l1: Vec::new(), error: None };
+    tables::visit(image, &tables, &mut flags)?;
+    match flags.error {
+        Some(e) => return Err(e),
+        None if mend == Mend::Copied => {
+            for (index, raw) in flags.wrong_l1 {
+                image.write(l1.offset + index * 8, &raw.to_be_bytes(), "write the L1 table")?;
+            }
+        }
+        None => {}
+    }
+    Ok(())
+}
+
+/// Replaces what can be mended in the tables of disk and snapshots.
+pub(super) fn mend(image: &Image<'_>, l1: &L1Tables) -> Result<(), ImageError> {
+    image.next_pass();
+    let sight = &mut Sight::default();
+    let (refcounts, mend) = (Refcounts::new(image), Mend::Entries);
+    let mut flags = Flags { image, refcounts, mend, sight, wrong_l1: Vec::new(), error: None };
+    tables::visit(image, l1, &mut flags)
+}
+
+impl Flags<'_> {
+    fn judge_l1(&mut self, index: u64, raw: u64) -> Result<(), ImageError> {
+        let offset = entries::l2_offset(raw);
+        if offset == 0 {
+            return Ok(());
+        }
+        let one = self.refcounts.get(offset >> self.image.bits())? == 1;
+        if one != (raw & COPIED != 0) {
+            self.wrong_l1.push((index, raw ^ COPIED));
+            self.count(1, || format!("L1 entry {index} ({raw:#x}) has the wrong copied flag"));
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, n: u64, text: impl FnOnce() -> String) {
+        if self.mend == Mend::Nothing {
+            self.sight.copied += n;
+            self.sight.report.found(Fault::Corruption, n, text);
+        }
+    }
+
+    /// The entry as it should be, if it is not.
+    fn judge(&mut self, entry: Entry) -> Result<Option<Entry>, ImageError> {
+        let layout = &self.image.layout;
+        if self.mend == Mend::Entries {
+            return Ok(entry.faults(layout).find_map(|f| f.mended));
+        }
+        let Some((copied, offset)) = entry.copied(layout) else { return Ok(None) };
+        let one = layout.data_file || self.refcounts.get(offset >> layout.cluster_bits)? == 1;
+        Ok((one != copied).then(|| entry.with_copied(one)))
+    }
+}
+
+impl Visitor for Flags<'_> {
+    fn l1_entry(&mut self, index: u64, raw: u64, _uses: Uses) {
+        if self.mend != Mend::Entries
+            && let Err(e) = self.judge_l1(index, raw)
+        {
+            self.error.get_or_insert(e);
+        }
+    }
+
+    fn l2_table(&mut self, offset: u64, table: &[u8], uses: Uses) -> Result<(), ImageError> {
+        let layout = self.image.layout;
+        let mut mended: Option<Vec<u8>> = None;
+        for (index, entry) in entries::entries(table, &layout).enumerate() {
+            if entry.is_empty() {
+                continue;
+            }
+            let Some(right) = self.judge(entry)? else { continue };
+            self.count(u64::from(uses.active), || {
+                format!(
+                    "the L2 table at {offset:#x}: entry {:#x} has the wrong copied flag",
+                    entry.raw
+                )
+            });
+            let bytes = mended.get_or_insert_with(|| table.to_vec());
+            entries::put(bytes, index, right, &layout);
+        }
+        match mended {
+            Some(bytes) if self.mend != Mend::Nothing => {
+                self.image.write(offset, &bytes, "write an L2 table")
+            }
+            _ => Ok(()),
+        }
+    }
+}

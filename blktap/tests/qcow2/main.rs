@@ -1,0 +1,5 @@
+//! QCOW2 against QEMU's own tools and a model.
+mod matrix;
+mod packed;
+mod qemu;
+mod queues;

@@ -1,0 +1,82 @@
+//! `ringback disk`: images that nobody serves.
+
+mod bitmap;
+mod check;
+mod commit;
+mod compare;
+mod convert;
+mod create;
+mod formats;
+mod info;
+mod map;
+mod measure;
+mod open;
+mod options;
+mod rebase;
+mod resize;
+mod sizes;
+mod snapshot;
+mod work;
+
+use std::process::ExitCode;
+
+use super::Result;
+use crate::cli::disk::Disk;
+
+/// Exit status of a wrong use.
+const USAGE: u8 = 2;
+
+/// A wrong use of the command line.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// For `map_err`: about `what`.
+pub fn about<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Box<dyn std::error::Error> {
+    move |e| format!("{what}: {e}").into()
+}
+
+/// `ringback disk`.
+pub fn run(disk: &Disk) -> Result {
+    let result = match disk {
+        Disk::Create(options) => create::run(options),
+        Disk::Info(options) => info::run(options),
+        Disk::Check(options) => check::run(options),
+        Disk::Convert(options) => convert::run(options),
+        Disk::Resize(options) => resize::run(options),
+        Disk::Map(options) => map::run(options),
+        Disk::Measure(options) => measure::run(options),
+        Disk::Compare(options) => compare::run(options),
+        Disk::Rebase(options) => rebase::run(options),
+        Disk::Snapshot(what) => snapshot::run(what),
+        Disk::Commit(options) => commit::run(options),
+        Disk::Bitmap(what) => bitmap::run(what),
+    };
+    match result {
+        Err(e) if e.is::<Usage>() => {
+            eprintln!("ringback: {e}");
+            Ok(ExitCode::from(USAGE))
+        }
+        // 1 means that they differ.
+        Err(e) if matches!(disk, Disk::Compare(_)) => {
+            eprintln!("ringback: {e}");
+            Ok(ExitCode::from(compare::FAILED))
+        }
+        result => result,
+    }
+}
+
+/// Prints the one JSON document of a command, with the number of its schema.
+fn document(mut value: serde_json::Value) {
+    if let Some(object) = value.as_object_mut() {
+        object.insert("schema".into(), 1.into());
+    }
+    println!("{value}");
+}
