@@ -21,6 +21,7 @@ mod pool;
 mod publish;
 mod read;
 mod refcounts;
+pub mod resize;
 pub mod snapshots;
 mod space;
 mod write;
@@ -33,10 +34,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::{
-    BackingName, Change, ClusterGuards, Extent, Format, Guard, ImageError, Leases, Miss, Outcome,
-    Piece, Waiter,
+    BackingName, BitmapInfo, Change, ClusterGuards, Extent, Format, Guard, ImageError, Leases,
+    Miss, Outcome, Piece, Waiter,
 };
 use crate::storage::{Access, Storage};
+use bitmaps::Recorder;
 use cache::{SLICE_BYTES, Slice, SliceCache};
 use entry::Layout;
 use flush::Pending;
@@ -66,15 +68,15 @@ pub struct Qcow2Options {
     pub l2_cache: L2Cache,
     /// Most bytes of refcount blocks in memory, at least four slices of 4 KiB.
     pub refcount_cache: u64,
-    /// What is called when an image with the dirty bit is opened for writing; without, that
-    /// fails.
+    /// What is called when an image with the dirty bit is opened for writing, by default
+    /// [`check::repair_dirty`]; without, that fails.
     pub repair: Option<Repair>,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
         let (l2_cache, refcount_cache) = (L2Cache::Bytes(32 << 20), 1 << 20);
-        Qcow2Options { l2_cache, refcount_cache, repair: None }
+        Qcow2Options { l2_cache, refcount_cache, repair: Some(check::repair_dirty) }
     }
 }
 
@@ -103,6 +105,7 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// One table is made at a time.
     making_table: Mutex<()>,
+    bitmaps: Option<Recorder>,
 }
 
 impl Qcow2 {
@@ -119,6 +122,7 @@ impl Qcow2 {
         if access == Access::ReadWrite {
             prepare_header(&mut header, &file, options)?;
         }
+        let bitmaps = open_bitmaps(&mut header, &file)?;
         let mut files = vec![Arc::clone(&file)];
         match (header.has_data_file(), data_file) {
             (true, Some(data)) => files.push(data),
@@ -160,6 +164,7 @@ impl Qcow2 {
             space: Mutex::new(Space::new(file, header, refcounts, map)?),
             corrupt: AtomicBool::new(false),
             making_table: Mutex::new(()),
+            bitmaps,
         })
     }
 
@@ -244,13 +249,35 @@ fn prepare_header(
     }
     let before = header.autoclear;
     header.clear_unknown_autoclear();
-    // Nobody keeps the bitmaps right from here on.
-    header.autoclear &= !header::AUTOCLEAR_BITMAPS;
     if header.autoclear != before {
-        header.write(&**file)?;
-        file.sync().map_err(ImageError::io("flush the header"))?;
+        write_header(header, file)?;
     }
     Ok(())
+}
+
+fn write_header(header: &Header, file: &Arc<dyn Storage>) -> Result<(), ImageError> {
+    header.write(&**file)?;
+    file.sync().map_err(ImageError::io("flush the header"))
+}
+
+/// The bitmaps. If they are broken the image is used without, and from the first writer on they
+/// no longer count.
+fn open_bitmaps(
+    header: &mut Header,
+    file: &Arc<dyn Storage>,
+) -> Result<Option<Recorder>, ImageError> {
+    match Recorder::open(file, header) {
+        Ok(bitmaps) => Ok(Some(bitmaps)),
+        Err(e @ ImageError::Io { .. }) => Err(e),
+        Err(e) => {
+            tracing::warn!("{}: the bitmaps cannot be used: {e}", file.name());
+            if file.access() == Access::ReadWrite {
+                header.autoclear &= !header::AUTOCLEAR_BITMAPS;
+                write_header(header, file)?;
+            }
+            Ok(None)
+        }
+    }
 }
 
 fn read_l1(header: &Header, file: &Arc<dyn Storage>) -> Result<Vec<u64>, ImageError> {
@@ -347,5 +374,19 @@ impl Format for Qcow2 {
     }
     fn close(&self) -> Result<(), ImageError> {
         self.close_image()
+    }
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        self.bitmaps.as_ref().map_or_else(Vec::new, Recorder::infos)
+    }
+    fn bitmap(
+        &self,
+        name: &str,
+        range: Range<u64>,
+        out: &mut Vec<(u64, bool)>,
+    ) -> Result<(), ImageError> {
+        match &self.bitmaps {
+            Some(bitmaps) => bitmaps.stretches(name, range, out),
+            None => Err(ImageError::Invalid(format!("no bitmap {name:?}"))),
+        }
     }
 }

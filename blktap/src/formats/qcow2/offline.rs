@@ -5,6 +5,7 @@
 //! allocates, syncs, names what it allocated, syncs, and frees what is no longer named: each crash
 //! leaves leaks at worst.
 mod blocks;
+mod extension;
 mod grow;
 
 use crate::formats::ImageError;
@@ -22,6 +23,8 @@ pub struct Offline<'a> {
     blocks: Blocks,
     /// No cluster before this one is free.
     first_free: u64,
+    /// To be freed once nothing names them any more.
+    deferred: Vec<(u64, u64)>,
 }
 
 /// Where the refcount table's place is in the header: offset, clusters.
@@ -41,7 +44,7 @@ impl<'a> Offline<'a> {
         }
         let layout = header.layout();
         let blocks = Blocks::read(storage, &header)?;
-        Ok(Offline { storage, header, layout, blocks, first_free: 1 })
+        Ok(Offline { storage, header, layout, blocks, first_free: 1, deferred: Vec::new() })
     }
 
     /// The file.
@@ -106,6 +109,16 @@ impl<'a> Offline<'a> {
         };
         let bits = self.layout.cluster_bits;
         (offset >> bits..=last >> bits).try_for_each(|cluster| self.drop_one(cluster))
+    }
+
+    /// Takes note of (offset, length) that are to be freed once nothing names them.
+    pub(super) fn defer_free(&mut self, freed: impl IntoIterator<Item = (u64, u64)>) {
+        self.deferred.extend(freed);
+    }
+
+    /// Frees what waits for it: what named it was changed durably.
+    pub(super) fn free_deferred(&mut self) -> Result<(), ImageError> {
+        std::mem::take(&mut self.deferred).into_iter().try_for_each(|(at, len)| self.free(at, len))
     }
 
     /// Clusters next to each other that nobody uses, for `len` bytes; their refcounts are 1
