@@ -22,6 +22,7 @@ mod publish;
 mod read;
 mod refcounts;
 pub mod resize;
+pub mod snapshots;
 mod space;
 mod write;
 mod zero;

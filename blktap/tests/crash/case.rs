@@ -11,10 +11,12 @@ use blktap::{Disk, DiskQueue, Op, blocking};
 use crate::direct::{Direct, Stop};
 
 /// What a check found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     pub corruptions: u64,
     pub leaks: u64,
+    /// In words.
+    pub why: Vec<String>,
 }
 
 /// Whether a check mends what it finds.
@@ -84,6 +86,10 @@ pub trait Case: Sync {
     /// The format's name for qemu-img, where that reads it.
     fn qemu(&self) -> Option<&'static str> {
         None
+    }
+    /// Whether a check can mend.
+    fn mends(&self) -> bool {
+        false
     }
     /// Whether qemu-img can check that format.
     fn checked_by_qemu(&self) -> bool {

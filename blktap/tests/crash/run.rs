@@ -92,6 +92,13 @@ fn range(random: &mut Random, size: u64, cluster: u64) -> Range<u64> {
     start..(start + len).min(size)
 }
 
+/// Whether the files under an image do what they are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    Working,
+    Failing,
+}
+
 /// An image in use, and all that was done to it.
 pub struct Run<'a> {
     case: &'a dyn Case,
@@ -101,6 +108,8 @@ pub struct Run<'a> {
     pub history: History,
     driver: Option<Driver>,
     tag: u32,
+    /// Whether calls may fail.
+    pub trust: Trust,
     /// Requests that failed or were given up.
     pub stopped: u64,
 }
@@ -124,6 +133,7 @@ impl<'a> Run<'a> {
             history,
             driver: None,
             tag: 0,
+            trust: Trust::Working,
             stopped: 0,
         };
         run.driver = Some(run.open().expect("the new image opens"));
@@ -173,14 +183,19 @@ impl<'a> Run<'a> {
         if result.is_err() {
             self.stopped += 1;
         }
-        // A failed read says nothing.
-        let Ok(bytes) = self.driver().read(sectors.clone()) else { return Ok(()) };
+        let Ok(bytes) = self.driver().read(sectors.clone()) else {
+            // A failed read says nothing.
+            if result.is_ok() && change != Change::Discard {
+                sectors.for_each(|sector| self.history.holds(sector, tag, from));
+            }
+            return Ok(());
+        };
         for (sector, bytes) in sectors.zip(bytes.chunks_exact(SECTOR)) {
             let found = tag_of(bytes, sector);
             let done = result.is_ok() && change != Change::Discard;
             let live = self.history.live(sector);
             match found {
-                Some(found) if found == tag || (!done && found == live) => {
+                Some(found) if found == tag || (!done && self.history.may_be(sector, found)) => {
                     self.history.holds(sector, found, from);
                 }
                 _ => {
@@ -205,15 +220,17 @@ impl<'a> Run<'a> {
             Ok(()) => self.history.flushed(self.journal.len()),
             Err(_) => self.stopped += 1,
         }
-        self.driver = Some(self.open().map_err(|e| format!("it does not open again: {e}"))?);
+        match (self.open(), self.trust) {
+            (Ok(driver), _) => self.driver = Some(driver),
+            (Err(e), Trust::Working) => return Err(format!("it does not open again: {e}")),
+            (Err(_), Trust::Failing) => self.stopped += 1,
+        }
         self.verify()
     }
 
-    /// Drops the image without closing it and opens it anew.
-    pub fn crash(&mut self) -> Result<(), String> {
-        self.driver = None;
-        self.driver = Some(self.open().map_err(|e| format!("it does not open again: {e}"))?);
-        self.verify()
+    /// Whether it could be opened again.
+    pub fn is_open(&self) -> bool {
+        self.driver.is_some()
     }
 
     fn special(&mut self, special: &Special, from: usize) -> Result<(), String> {
@@ -230,9 +247,9 @@ impl<'a> Run<'a> {
         for (sector, tag) in (0..).zip(tags.iter().flatten()) {
             self.history.may_hold(sector..sector + 1, *tag, from);
         }
-        // The layer above lets go of the image meanwhile.
-        if let Err(e) = self.driver().image.special(special) {
-            return Err(format!("{special:?}: {e}"));
+        if self.driver().image.special(special).is_err() {
+            self.stopped += 1;
+            return self.special_failed(special, from);
         }
         for (sector, tag) in (0..).zip(tags.iter().flatten()) {
             self.history.holds(sector, *tag, from);
@@ -243,8 +260,30 @@ impl<'a> Run<'a> {
         self.verify()
     }
 
+    /// What is there now is what was before, or what was to be.
+    fn special_failed(&mut self, special: &Special, from: usize) -> Result<(), String> {
+        match special {
+            Special::Snapshot(name) | Special::Delete(name) => self.history.snapshot_unsure(name),
+            Special::Resize(size) => {
+                self.history.resized(size / 512, from);
+                self.history.resize_failed(self.driver().size(), from);
+            }
+            Special::Apply(_) => {
+                let Ok(bytes) = self.driver().read(0..self.history.size()) else { return Ok(()) };
+                for (sector, bytes) in (0..).zip(bytes.chunks_exact(SECTOR)) {
+                    let tag = tag_of(bytes, sector).ok_or(format!("rubbish in {sector}"))?;
+                    self.history.holds(sector, tag, from);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Reads all.
     pub fn verify(&self) -> Result<(), String> {
+        if self.trust == Trust::Failing {
+            return Ok(());
+        }
         let size = self.history.size();
         if self.driver().size() != size {
             return Err(format!("{} sectors, not {size}", self.driver().size()));
@@ -259,9 +298,9 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Closes the image.
-    pub fn finish(mut self) -> Result<(), ImageError> {
-        self.driver.take().map_or(Ok(()), Driver::close)
+    /// Lets go of the image without closing it.
+    pub fn crash(&mut self) {
+        self.driver = None;
     }
 }
 

@@ -2,12 +2,12 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use blktap::formats::vhd::{CreateOptions, NewParent, Shape, Vhd};
+use blktap::formats::vhd::{CreateOptions, NewParent, Repair, Shape, Vhd};
 use blktap::formats::{Format, ImageError, RawFormat};
 use blktap::storage::Storage;
 use blktap::storage::record::{Journal, SparseBytes};
 
-use crate::case::{Case, Image, Plain};
+use crate::case::{Case, Health, Image, Mend, Plain};
 use crate::history::{BASE, bytes_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,24 @@ impl Case for VhdCase {
             layers.push(base(self.base())?);
         }
         Ok(Box::new(Plain(layers)))
+    }
+    fn check(&self, files: &[Arc<dyn Storage>], mend: Mend) -> Result<Health, ImageError> {
+        let repair = if mend == Mend::All { Repair::All } else { Repair::Nothing };
+        let report = Vhd::check(&*files[0], repair)?;
+        // A footer at the end is written anew when the image is opened, and a batmap that is not
+        // whole is not used.
+        let mut why = report.findings;
+        why.retain(|f| {
+            mend == Mend::All || !["footer", "batmap", "nobody"].iter().any(|w| f.contains(w))
+        });
+        let corruptions = match mend {
+            Mend::Nothing => why.len() as u64,
+            Mend::All => report.corruptions - report.corruptions_fixed,
+        };
+        Ok(Health { corruptions, leaks: report.leaks - report.leaks_fixed, why })
+    }
+    fn mends(&self) -> bool {
+        true
     }
     fn qemu(&self) -> Option<&'static str> {
         (self.kind != Kind::Differencing).then_some("vpc")
