@@ -138,15 +138,15 @@ fn fill(
         how.before = Before::Zeroes;
     }
     let mut plan = plan(source, with_backing, how.sparse.is_some());
-    if options.compress {
-        return formats::pack(
-            Path::new(&options.target),
-            target.format,
-            source,
-            &mut how,
-            &mut plan,
-            work,
-        );
+    if options.compress || target.format == ImageFormat::Qcow {
+        let packing = formats::Packing {
+            path: Path::new(&options.target),
+            format: target.format,
+            backing: backing_name(options).filter(|_| with_backing),
+            compress: options.compress,
+            cache: cache(options.target_cache),
+        };
+        return packing.carry_out(source, how, &mut plan, work);
     }
     let disk = open_target(options, target, with_backing)?;
     let there = disk.disk.geometry().size;
