@@ -55,8 +55,14 @@ pub enum L2Cache {
     All,
 }
 
-/// Makes the refcounts of an image right that was not closed, and clears its dirty bit.
-pub type Repair = fn(&Arc<dyn Storage>) -> Result<(), ImageError>;
+/// What becomes of an image that was not closed and whose refcounts may be wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dirty {
+    /// It is repaired when it is opened for writing.
+    Repair,
+    /// It can only be read.
+    Refuse,
+}
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -65,15 +71,14 @@ pub struct Qcow2Options {
     pub l2_cache: L2Cache,
     /// Most bytes of refcount blocks in memory, at least four slices of 4 KiB.
     pub refcount_cache: u64,
-    /// What is called when an image with the dirty bit is opened for writing; without, that
-    /// fails.
-    pub repair: Option<Repair>,
+    /// Images with the dirty bit.
+    pub dirty: Dirty,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
         let (l2_cache, refcount_cache) = (L2Cache::Bytes(32 << 20), 1 << 20);
-        Qcow2Options { l2_cache, refcount_cache, repair: None }
+        Qcow2Options { l2_cache, refcount_cache, dirty: Dirty::Repair }
     }
 }
 
@@ -233,11 +238,16 @@ fn prepare_header(
         return Err(ImageError::Corrupt(text.into()));
     }
     if header.is_dirty() {
-        let Some(repair) = options.repair else {
+        if options.dirty == Dirty::Refuse {
             let text = "it was not closed properly and must be repaired before it is written";
             return Err(ImageError::Invalid(text.into()));
-        };
-        repair(file)?;
+        }
+        let all = check::Repair::All;
+        let report = check::repair(&**file, all, check::CHECK_MEMORY, &check::unwatched)?;
+        if report.corruptions > 0 || report.check_errors > 0 {
+            let text = "it was not closed properly and cannot be repaired without losing data";
+            return Err(ImageError::Corrupt(text.into()));
+        }
         *header = Header::read(&**file)?;
         header.check_tables()?;
     }
