@@ -204,7 +204,7 @@ pub fn image(kind: Kind) -> Vec<u8> {
             header[at..at + 4].copy_from_slice(code);
             header[at + 7] = 1;
             header[at + 11] = len;
-            header[at + 16 + 6] = (2048 + n * 512 >> 8) as u8;
+            header[at + 16 + 6] = ((2048 + n * 512) >> 8) as u8;
         }
     }
     seal(&mut header, 36);
