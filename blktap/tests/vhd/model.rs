@@ -118,7 +118,7 @@ impl Model {
             return None;
         }
         let at = number(&footer, 16, 8);
-        if at < 512 || at % 512 != 0 || at.checked_add(1024)? > len {
+        if at < 512 || !at.is_multiple_of(512) || at.checked_add(1024)? > len {
             return None;
         }
         let header = &file[at as usize..at as usize + 1024];
@@ -130,7 +130,7 @@ impl Model {
         (model.block, model.table) = (number(header, 32, 4), number(header, 16, 8));
         let table_end = model.table.checked_add((entries * 4).div_ceil(512) * 512)?;
         let blocks_fit = (9..=28).any(|bits| model.block == 1 << bits);
-        let table_fits = model.table >= 512 && model.table % 512 == 0 && table_end <= len;
+        let table_fits = model.table >= 512 && model.table.is_multiple_of(512) && table_end <= len;
         if !blocks_fit || !table_fits || entries > 4 << 20 || entries * model.block < size {
             return None;
         }
