@@ -131,7 +131,7 @@ pub fn create(storage: &dyn Storage, name: &str, date: SystemTime) -> Result<Sna
     job.clear_autoclear()?;
     let l1 = job.copy_l1(active, active.entries)?;
     let date = date.duration_since(UNIX_EPOCH).unwrap_or_default();
-    job.entries.push(Entry {
+    let entry = Entry {
         l1_offset: l1.offset,
         l1_entries: l1.entries,
         id: new_id(&job.entries).into_bytes(),
@@ -143,14 +143,15 @@ pub fn create(storage: &dyn Storage, name: &str, date: SystemTime) -> Result<Sna
         disk_size: Some(job.offline.header().disk_size()),
         icount: None,
         more: Vec::new(),
-    });
-    let made = job.entries.last().map(|entry| snapshot(entry, job.offline.header()));
+    };
+    let made = snapshot(&entry, job.offline.header());
+    job.entries.push(entry);
     job.raise(active)?;
     // All of the disk is shared now, and must not be written in place any more.
     references::set_copied(&job.offline, active)?;
     job.switch_table()?;
     job.offline.sync()?;
-    made.ok_or_else(|| ImageError::Invalid("no snapshot was made".into()))
+    Ok(made)
 }
 
 /// Makes the disk what it was when the snapshot was made, with the size that it had.
