@@ -153,8 +153,9 @@ fn a_wrong_file_is_refused_by_the_name_of_what_is_wrong() {
         ("[[disk]]\ngrants = \"gift\"\n", "gift"),
         ("[[disk]]\nvdev = \"floppy\"\n", "vdev"),
         ("[[disk]]\n[[disk]]\n", "there are two of that name"),
-        ("[[disk]]\ntarget = \"qcow2:x\"\n", "format qcow2 is not supported"),
-        ("[[disk]]\ntarget = \"raw:/nowhere\"\n", "/nowhere: No such file"),
+        ("[[disk]]\ntarget = \"floppy:x\"\n", "format \"floppy\""),
+        ("[[disk]]\ntarget = \"qcow2:/dev/null\"\n", "/dev/null"),
+        ("[[disk]]\ntarget = \"raw:/nowhere\"\n", "/nowhere: no such file"),
     ] {
         let output = place.run(toml, &[]);
         assert_eq!(output.status.code(), Some(1), "{toml}");

@@ -10,7 +10,6 @@ pub mod stamp;
 pub mod workload;
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -82,7 +81,7 @@ fn random_seed() -> u64 {
 fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Vec<DiskReport>> {
     let guest = &scene.settings.guest;
     let (domid, identity) = processes.create_domain(&guest.name)?;
-    processes.start_backend(domid)?;
+    processes.start_backend(domid, scene.images.iter().filter_map(Image::backing_folder))?;
     let store = processes.store()?;
     for ((settings, image), plan) in
         scene.settings.disks.iter().zip(&scene.images).zip(&scene.plan.disks)
@@ -148,7 +147,7 @@ fn attach(
         id,
         backend: 0,
         backend_keys: vec![
-            key("params", &format!("raw:{}", path_text(image.path())?)),
+            key("params", &image.target()?),
             key("script", blkback::SCRIPT),
             key("type", "phy"),
             key("dev", &settings.vdev),
@@ -160,8 +159,4 @@ fn attach(
         frontend_keys: vec![key("virtual-device", &devid.to_string())],
     };
     Ok(toolstack::attach(store, &device)?)
-}
-
-fn path_text(path: &Path) -> Result<&str> {
-    path.to_str().ok_or_else(|| format!("{}: the path is not UTF-8", path.display()).into())
 }

@@ -164,8 +164,10 @@ pub fn measure(
 
 /// A snapshot inside the image, as a disk.
 pub fn snapshot_disk(opening: &Opening<'_>, name: &str) -> Result<Opened> {
-    let _ = name;
-    lacks(opening.format()?, "snapshots", "qcow2 has")
+    match opening.format()? {
+        ImageFormat::Qcow2 => qcow2::snapshot_disk(opening, name).map_err(about(opening.file)),
+        other => lacks(other, "snapshots", "qcow2 has"),
+    }
 }
 
 /// Whether clusters can be compressed, where that is asked for.
@@ -265,8 +267,11 @@ pub fn snapshot(
     act: snapshot::Act,
     name: &str,
 ) -> Result<()> {
-    let _ = (opening, act, name);
-    lacks(format, "snapshots", "qcow2 has")
+    if format != ImageFormat::Qcow2 {
+        return lacks(format, "snapshots", "qcow2 has");
+    }
+    let storage = opening.clone().alone().storage()?;
+    qcow2::snapshot(&*storage, act, name).map_err(about(opening.file))
 }
 
 /// The image's dirty bitmaps.

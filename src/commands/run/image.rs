@@ -2,8 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blktap::formats::BackingName;
+use blktap::formats::qcow2::create::{self, CreateOptions};
+use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
+use blktap::storage::{self, Access, Cache, OpenOptions};
+use blktap::{Disk, DiskQueue, blocking};
 
 use super::super::Result;
 use super::plan::{CELL, DiskPlan, DiskReport, Task};
@@ -12,26 +18,33 @@ use super::settings::DiskSettings;
 use super::stamp;
 use crate::cli::Run;
 
-/// Bytes that are copied and compared in one go.
+/// Bytes that are compared in one go.
 const PIECE: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Use {
     /// Made for this run.
     Made,
-    /// A copy of the user's.
-    Copy,
+    /// A throw-away overlay over the user's.
+    Over,
     /// The user's, only read.
     Read,
     /// The user's, written.
     Overwritten,
 }
 
+/// An image file and its format.
+#[derive(Clone)]
+struct Named {
+    path: PathBuf,
+    format: ImageFormat,
+}
+
 /// An image.
 pub struct Image {
-    path: PathBuf,
-    /// The user's own, of a copy.
-    origin: Option<PathBuf>,
+    image: Named,
+    /// The user's own, of an overlay.
+    origin: Option<Named>,
     size: u64,
     used: Use,
 }
@@ -39,36 +52,42 @@ pub struct Image {
 impl Image {
     /// Makes or finds the image of a disk.
     pub fn make(disk: &DiskSettings, options: &Run, folder: &Path) -> Result<Image> {
-        let own = folder.join(format!("{}.img", disk.vdev));
         let Some(target) = &disk.target else {
-            let size = disk.size_mib << 20;
-            File::create_new(&own)?.set_len(size)?;
-            return Ok(Image { path: own, origin: None, size, used: Use::Made });
+            let (path, size) = (folder.join(format!("{}.img", disk.vdev)), disk.size_mib << 20);
+            File::create_new(&path)?.set_len(size)?;
+            let image = Named { path, format: ImageFormat::Raw };
+            return Ok(Image { image, origin: None, size, used: Use::Made });
         };
-        let named = named(target)?;
-        let told = |e: io::Error| format!("{}: {e}", named.display());
-        let source = File::open(&named).map_err(told)?;
-        let size = size_of(&source).map_err(told)?;
+        let named = Named::parse(target)?;
+        let size = named.open(&[])?.geometry().size;
         if size < CELL as u64 {
-            return Err(format!("{}: smaller than 4096 bytes", named.display()).into());
+            return Err(format!("{}: smaller than 4096 bytes", named.path.display()).into());
         }
         let used = match (options.read_only, options.overwrite) {
             (true, _) => Use::Read,
             (false, true) => Use::Overwritten,
-            (false, false) => Use::Copy,
+            (false, false) => Use::Over,
         };
-        if used != Use::Copy {
-            return Ok(Image { path: named, origin: None, size, used });
+        if used != Use::Over {
+            return Ok(Image { image: named, origin: None, size, used });
         }
-        copy(&source, &own, size).map_err(|e| {
-            let remedy = "point TMPDIR at more room, or read it in place with --read-only";
-            format!("{}: cannot copy to {}: {e}: {remedy}", named.display(), own.display())
-        })?;
-        Ok(Image { path: own, origin: Some(named), size, used })
+        let path = folder.join(format!("{}.qcow2", disk.vdev));
+        overlay(&path, &named, size).map_err(|e| format!("{}: {e}", path.display()))?;
+        let image = Named { path, format: ImageFormat::Qcow2 };
+        Ok(Image { image, origin: Some(named), size, used })
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// As a backend takes it: FORMAT:PATH.
+    pub fn target(&self) -> Result<String> {
+        let Named { path, format } = &self.image;
+        match path.to_str() {
+            Some(path) => Ok(format!("{format}:{path}")),
+            None => Err(format!("{}: the path is not UTF-8", path.display()).into()),
+        }
+    }
+    /// Where the backend has to look for what the image builds on, beside its own folder.
+    pub fn backing_folder(&self) -> Option<PathBuf> {
+        self.origin.as_ref().map(Named::folder)
     }
     pub fn size(&self) -> u64 {
         self.size
@@ -87,13 +106,14 @@ impl Image {
             checked.wrong(|| format!("the guest tells of {told} blocks instead of {count}"));
             return Ok(checked);
         }
-        let file = File::open(&self.path)?;
+        let folders: Vec<PathBuf> = self.backing_folder().into_iter().collect();
+        let mut queue = reader(&self.image, &folders)?;
         let mut piece = vec![0; PIECE];
         let mut scratch = Box::new([0; CELL]);
         let mut at = 0;
         while at < plan.span {
             let len = (plan.span - at).min(PIECE as u64) as usize;
-            file.read_exact_at(&mut piece[..len], at)?;
+            blocking::read_at(&mut *queue, at, &mut piece[..len])?;
             for (number, cell) in (at / CELL as u64..).zip(piece[..len].chunks(CELL)) {
                 checked.bytes += cell.len() as u64;
                 match plan.task {
@@ -113,7 +133,8 @@ impl Image {
             at += len as u64;
         }
         if let Some(origin) = &self.origin {
-            self.compare_rest(&file, &File::open(origin)?, plan.span, &mut checked)?;
+            let mut origin = reader(origin, &[])?;
+            self.compare_rest(&mut *queue, &mut *origin, plan.span, &mut checked)?;
         }
         Ok(checked)
     }
@@ -121,8 +142,8 @@ impl Image {
     /// What the guest was not to touch.
     fn compare_rest(
         &self,
-        file: &File,
-        origin: &File,
+        queue: &mut dyn DiskQueue,
+        origin: &mut dyn DiskQueue,
         from: u64,
         checked: &mut Checked,
     ) -> io::Result<()> {
@@ -130,8 +151,8 @@ impl Image {
         let mut at = from;
         while at < self.size {
             let len = (self.size - at).min(PIECE as u64) as usize;
-            file.read_exact_at(&mut here[..len], at)?;
-            origin.read_exact_at(&mut there[..len], at)?;
+            blocking::read_at(queue, at, &mut here[..len])?;
+            blocking::read_at(origin, at, &mut there[..len])?;
             checked.bytes += len as u64;
             if here[..len] != there[..len] {
                 checked.wrong(|| format!("the 1 MiB at {at:#x} was changed, and not by the guest"));
@@ -150,44 +171,44 @@ fn compare_sum(checked: &mut Checked, report: &DiskReport, number: u64, cell: &[
     }
 }
 
-fn named(target: &str) -> Result<PathBuf> {
-    let path = match target.split_once(':') {
-        Some((format, path)) if !format.contains('/') => match format {
-            "raw" => path,
-            other => {
-                return Err(format!("{target}: format {other} is not supported; use raw").into());
-            }
-        },
-        _ => target,
-    };
-    std::path::absolute(path).map_err(|e| format!("{target}: {e}").into())
+impl Named {
+    fn parse(target: &str) -> Result<Named> {
+        let (format, path) = match target.split_once(':') {
+            Some((format, path)) if !format.contains('/') => (format, path),
+            _ => ("raw", target),
+        };
+        let told = |e: &dyn std::fmt::Display| format!("{target}: {e}");
+        let format = format.parse().map_err(|e| told(&e))?;
+        let path = std::path::absolute(path).map_err(|e| told(&e))?;
+        Ok(Named { path, format })
+    }
+
+    fn folder(&self) -> PathBuf {
+        // The folder that the file is in, wherever links lead.
+        let real = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        real.parent().unwrap_or(Path::new("/")).to_owned()
+    }
+
+    /// To be read.
+    fn open(&self, folders: &[PathBuf]) -> Result<Arc<dyn Disk>> {
+        let file = OpenOptions::new(&self.path).access(Access::ReadOnly).cache(Cache::Writeback);
+        let backing = BackingPolicy::Allow(folders.to_vec());
+        Ok(image::open(&ImageOptions::new(self.format, file).backing(backing))?)
+    }
 }
 
-fn size_of(file: &File) -> io::Result<u64> {
-    use std::io::{Seek, SeekFrom};
-    let kind = file.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(io::Error::other("neither a regular file nor a block device"));
-    }
-    (&*file).seek(SeekFrom::End(0))
+fn reader(image: &Named, folders: &[PathBuf]) -> io::Result<Box<dyn DiskQueue>> {
+    let disk = image.open(folders).map_err(|e| io::Error::other(e.to_string()))?;
+    disk.queue(1)
 }
 
-/// By reflink where the file system can, else all that is not zeroes.
-fn copy(source: &File, path: &Path, size: u64) -> io::Result<()> {
-    let target = File::create_new(path)?;
-    if rustix::fs::ioctl_ficlone(&target, source).is_ok() {
-        return Ok(());
-    }
-    target.set_len(size)?;
-    let mut piece = vec![0; PIECE];
-    let mut at = 0;
-    while at < size {
-        let len = (size - at).min(PIECE as u64) as usize;
-        source.read_exact_at(&mut piece[..len], at)?;
-        if piece[..len].iter().any(|b| *b != 0) {
-            target.write_all_at(&piece[..len], at)?;
-        }
-        at += len as u64;
-    }
-    Ok(())
+/// Makes an empty overlay.
+fn overlay(path: &Path, below: &Named, size: u64) -> Result<()> {
+    let name = below.path.to_str().ok_or("the path of what it builds on is not UTF-8")?;
+    File::create_new(path)?;
+    let file = storage::open(&OpenOptions::new(path).cache(Cache::Writeback))?;
+    let mut options = CreateOptions::new(size);
+    let format = Some(below.format.name().to_owned());
+    options.backing = Some(BackingName { name: name.to_owned(), format });
+    Ok(create::create(&file, None, &options)?)
 }

@@ -104,8 +104,12 @@ impl Processes {
         let domid = toolstack.create_domain(None, Kind::Guest, name)?;
         Ok((domid, toolstack.connect_domain(domid)?))
     }
-    /// Starts the backend of a domain.
-    pub fn start_backend(&mut self, domid: u16) -> Result<()> {
+    /// Starts the backend of a domain, which may open backing files in these folders.
+    pub fn start_backend(
+        &mut self,
+        domid: u16,
+        folders: impl Iterator<Item = PathBuf>,
+    ) -> Result<()> {
         let me = std::process::id().to_string();
         let backend = this_program()?
             .arg("--run-dir")
@@ -113,6 +117,7 @@ impl Processes {
             .arg("--hypervisor")
             .arg(self.socket())
             .args(["--end-with", &me, "backend", "blk", "--domid", &domid.to_string()])
+            .args(folders.flat_map(|f| ["--allow-backing".into(), f.into_os_string()]))
             .spawn()?;
         self.backend = Some(backend);
         Ok(())

@@ -6,6 +6,7 @@
 //! behind is given up afterwards. A crash or an error in between leaves leaks, which a repair
 //! frees, and copied flags that say less, or more, than refcounts that are too high.
 mod table;
+mod view;
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -18,6 +19,7 @@ use super::offline::Offline;
 use crate::formats::ImageError;
 use crate::storage::Storage;
 use table::Entry;
+pub use view::SnapshotView;
 
 /// Longest name of a snapshot that QEMU takes, in bytes.
 pub const MAX_NAME: usize = 255;

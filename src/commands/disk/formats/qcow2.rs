@@ -3,14 +3,17 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use blktap::copy::{self, Copied, CopyOptions, Plan as CopyPlan};
 use blktap::formats::qcow2::check::{self, CHECK_MEMORY, Repair as Repairs};
 use blktap::formats::qcow2::create::{CreateOptions, DataFile, DataFileKind, Preallocation};
 use blktap::formats::qcow2::header::{Compression, Header, Version};
 use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
+use blktap::formats::qcow2::snapshots::{self, Snapshot, SnapshotView, Which};
 use blktap::formats::qcow2::{Qcow2, Qcow2Options, create};
 use blktap::formats::{BackingName, Format, ImageError};
+use blktap::image::ImageFormat;
 use blktap::storage::{Access, Cache, FileStorage, Storage};
 use blktap::{Disk, DiskQueue, ImageDisk, blocking};
 use parking_lot::Mutex;
@@ -21,8 +24,9 @@ use super::super::create::{NewBacking, NewImage, failed, open_new};
 use super::super::open::{Opened, Opening, beside};
 use super::super::options::Options;
 use super::super::resize::Wanted;
+use super::super::snapshot::SnapshotInfo;
 use super::super::work::Work;
-use super::super::{Result, Usage, about, bitmap};
+use super::super::{Result, Usage, about, bitmap, snapshot};
 use super::{Details, Packing, qemu_name};
 use crate::cli::disk::{Preallocation as Asked, Repair};
 
@@ -112,9 +116,42 @@ pub fn details(storage: &dyn Storage) -> Result<Details> {
         cluster_size: Some(1 << header.cluster_bits),
         dirty: header.is_dirty(),
         backing: header.backing(),
-        snapshots: Vec::new(),
+        snapshots: snapshots::list(storage)?.iter().map(shown).collect(),
         specific: specific(&header, storage)?,
     })
+}
+
+fn shown(snapshot: &Snapshot) -> SnapshotInfo {
+    SnapshotInfo {
+        id: snapshot.id.clone(),
+        name: snapshot.name.clone(),
+        vm_state_size: snapshot.vm_state_size,
+        date: (snapshot.date_sec.into(), snapshot.date_nsec),
+        vm_clock: snapshot.vm_clock,
+        icount: snapshot.icount,
+    }
+}
+
+/// Creates, applies, deletes.
+pub fn snapshot(storage: &dyn Storage, act: snapshot::Act, name: &str) -> Result<()> {
+    match act {
+        snapshot::Act::Create => drop(snapshots::create(storage, name, SystemTime::now())?),
+        snapshot::Act::Apply => snapshots::apply(storage, Which::IdOrName(name))?,
+        snapshot::Act::Delete => snapshots::delete(storage, Which::IdOrName(name))?,
+    }
+    Ok(())
+}
+
+/// A snapshot as a disk.
+pub fn snapshot_disk(opening: &Opening<'_>, name: &str) -> Result<Opened> {
+    let mut layers = blktap::image::open_layers(&opening.image_options(ImageFormat::Qcow2))?;
+    let view = SnapshotView::new(opening.storage()?, Which::IdOrName(name))?;
+    let image = Qcow2::open(Arc::new(view), None, &Qcow2Options::default())?;
+    if let Some(first) = layers.first_mut() {
+        *first = Arc::new(image);
+    }
+    let image = ImageDisk::new(layers, 512, blktap::image::Blocking::Threads)?;
+    Ok(Opened { disk: image.clone(), image: Some(image), format: ImageFormat::Qcow2 })
 }
 
 /// In qemu-img's order.
