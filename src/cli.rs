@@ -113,6 +113,12 @@ pub struct Run {
     /// Write to the named images themselves: THEIR CONTENT IS LOST.
     #[arg(long)]
     pub overwrite: bool,
+    /// Have the guest serve its disks by NBD at this Unix socket instead, until a signal.
+    ///
+    /// What fio, qemu-img or nbdcopy do there goes through the split driver. The first disk has
+    /// the empty name, each also its vdev. Only with --overwrite do the images keep it.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["json", "seed", "progress"])]
+    pub nbd: Option<PathBuf>,
     /// Print one JSON document.
     #[arg(long)]
     pub json: bool,
@@ -163,7 +169,7 @@ pub enum CacheMode {
 #[derive(Args)]
 pub struct ExportNbd {
     /// The image; with --export there may be none.
-    #[arg(required_unless_present = "export")]
+    #[arg(required_unless_present_any = ["export", "null_disk"])]
     pub image: Option<PathBuf>,
     /// The image's format.
     #[arg(short, long, value_name = "FORMAT", default_value = "raw")]
@@ -181,6 +187,9 @@ pub struct ExportNbd {
     /// Clients may only read.
     #[arg(short, long)]
     pub read_only: bool,
+    /// Serve a disk of so many bytes that loses what is written: for benches.
+    #[arg(long, hide = true, value_name = "BYTES", conflicts_with_all = ["image", "export"])]
+    pub null_disk: Option<u64>,
     /// Listen at this Unix socket.
     #[arg(short = 'k', long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
@@ -215,6 +224,8 @@ pub enum Bench {
     Ring(BenchRing),
     /// From a guest's process to a disk and back, beside qemu-storage-daemon.
     Blk(BenchBlk),
+    /// NBD servers under fio's nbd engine: ours, qemu-storage-daemon, qemu-nbd and nbdkit.
+    Nbd(BenchNbd),
     /// Be the guest of a bench.
     #[command(hide = true)]
     Guest {
@@ -237,6 +248,69 @@ pub struct BenchRing {
     /// Measure each pair so often.
     #[arg(long, value_name = "N", default_value = "31")]
     pub rounds: u32,
+}
+
+#[derive(Args)]
+pub struct BenchNbd {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Length of one measurement.
+    #[arg(long, value_name = "S", default_value = "2")]
+    pub seconds: f64,
+    /// Measure each row so often; the servers alternate.
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub rounds: u32,
+    /// Size of the images, in MiB.
+    #[arg(long, value_name = "N", default_value = "256",
+        value_parser = clap::value_parser!(u64).range(16..=65536))]
+    pub size_mib: u64,
+    /// The images' format; all but raw without nbdkit, which knows none.
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: BenchFormat,
+    /// Only these caching modes; may be repeated [default: both].
+    #[arg(long, value_enum)]
+    pub cache: Vec<BenchCache>,
+    /// Only these loads; may be repeated [default: all].
+    #[arg(long, value_enum)]
+    pub load: Vec<NbdLoad>,
+    /// Only this depth; may be repeated [default: 1 and 32].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub depth: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchFormat {
+    /// The bytes themselves.
+    Raw,
+    /// QCOW2.
+    Qcow2,
+    /// VHD (QEMU's vpc), dynamic.
+    Vhd,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchCache {
+    /// Through the page cache.
+    Cached,
+    /// O_DIRECT.
+    Direct,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NbdLoad {
+    /// Random 4 KiB reads.
+    Read4k,
+    /// Random 4 KiB overwrites.
+    Write4k,
+    /// Random 4 KiB writes to an image without data.
+    First4k,
+    /// Sequential 256 KiB reads.
+    Read256k,
+    /// Sequential 256 KiB overwrites.
+    Write256k,
+    /// Sequential 256 KiB writes to an image without data.
+    First256k,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use blktap::Disk;
 use blktap::export::nbd::{Export, Limits, Server, proto, tls};
 use blktap::image::{self, BackingPolicy, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
+use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
 
 use super::Result;
@@ -28,6 +28,9 @@ impl From<CacheMode> for Cache {
 /// The images under their names.
 fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
     let mut all = Vec::new();
+    if let Some(size) = options.null_disk {
+        all.push(Export::new(&options.name, NullDisk::new(size) as Arc<dyn Disk>));
+    }
     if let Some(image) = &options.image {
         let path = image.to_str().ok_or("the image's path is not UTF-8")?;
         let mut export = Export::new(&options.name, open(&options.format, path, options)?);

@@ -21,6 +21,8 @@ mod pool;
 mod publish;
 mod read;
 mod refcounts;
+pub mod resize;
+pub mod snapshots;
 mod space;
 mod write;
 mod zero;
@@ -32,10 +34,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::{
-    BackingName, Change, ClusterGuards, Extent, Format, Guard, ImageError, Leases, Miss, Outcome,
-    Piece, Waiter,
+    BackingName, BitmapInfo, Change, ClusterGuards, Extent, Format, Guard, ImageError, Leases,
+    Miss, Outcome, Piece, Waiter,
 };
 use crate::storage::{Access, Storage};
+use bitmaps::Recorder;
 use cache::{SLICE_BYTES, Slice, SliceCache};
 use entry::Layout;
 use flush::Pending;
@@ -55,14 +58,8 @@ pub enum L2Cache {
     All,
 }
 
-/// What becomes of an image that was not closed and whose refcounts may be wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dirty {
-    /// It is repaired when it is opened for writing.
-    Repair,
-    /// It can only be read.
-    Refuse,
-}
+/// Makes the refcounts of an image right that was not closed, and clears its dirty bit.
+pub type Repair = fn(&Arc<dyn Storage>) -> Result<(), ImageError>;
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -71,14 +68,15 @@ pub struct Qcow2Options {
     pub l2_cache: L2Cache,
     /// Most bytes of refcount blocks in memory, at least four slices of 4 KiB.
     pub refcount_cache: u64,
-    /// Images with the dirty bit.
-    pub dirty: Dirty,
+    /// What is called when an image with the dirty bit is opened for writing, by default
+    /// [`check::repair_dirty`]; without, that fails.
+    pub repair: Option<Repair>,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
         let (l2_cache, refcount_cache) = (L2Cache::Bytes(32 << 20), 1 << 20);
-        Qcow2Options { l2_cache, refcount_cache, dirty: Dirty::Repair }
+        Qcow2Options { l2_cache, refcount_cache, repair: Some(check::repair_dirty) }
     }
 }
 
@@ -107,6 +105,7 @@ pub struct Qcow2 {
     corrupt: AtomicBool,
     /// One table is made at a time.
     making_table: Mutex<()>,
+    bitmaps: Option<Recorder>,
 }
 
 impl Qcow2 {
@@ -123,6 +122,7 @@ impl Qcow2 {
         if access == Access::ReadWrite {
             prepare_header(&mut header, &file, options)?;
         }
+        let bitmaps = open_bitmaps(&mut header, &file)?;
         let mut files = vec![Arc::clone(&file)];
         match (header.has_data_file(), data_file) {
             (true, Some(data)) => files.push(data),
@@ -142,6 +142,7 @@ impl Qcow2 {
         let refcounts = Refcounts::read(Arc::clone(&file), layout, at, limit)?;
         if access == Access::ReadWrite {
             map_tables(&header, &l1, &mut map)?;
+            map_snapshots(&header, &file, &mut map)?;
             refcounts.map(&mut map)?;
         }
         let slices = slices(&layout, header.disk_size(), options.l2_cache);
@@ -164,6 +165,7 @@ impl Qcow2 {
             space: Mutex::new(Space::new(file, header, refcounts, map)?),
             corrupt: AtomicBool::new(false),
             making_table: Mutex::new(()),
+            bitmaps,
         })
     }
 
@@ -238,28 +240,45 @@ fn prepare_header(
         return Err(ImageError::Corrupt(text.into()));
     }
     if header.is_dirty() {
-        if options.dirty == Dirty::Refuse {
+        let Some(repair) = options.repair else {
             let text = "it was not closed properly and must be repaired before it is written";
             return Err(ImageError::Invalid(text.into()));
-        }
-        let all = check::Repair::All;
-        let report = check::repair(&**file, all, check::CHECK_MEMORY, &check::unwatched)?;
-        if report.corruptions > 0 || report.check_errors > 0 {
-            let text = "it was not closed properly and cannot be repaired without losing data";
-            return Err(ImageError::Corrupt(text.into()));
-        }
+        };
+        repair(file)?;
         *header = Header::read(&**file)?;
         header.check_tables()?;
     }
     let before = header.autoclear;
     header.clear_unknown_autoclear();
-    // Nobody keeps the bitmaps right from here on.
-    header.autoclear &= !header::AUTOCLEAR_BITMAPS;
     if header.autoclear != before {
-        header.write(&**file)?;
-        file.sync().map_err(ImageError::io("flush the header"))?;
+        write_header(header, file)?;
     }
     Ok(())
+}
+
+fn write_header(header: &Header, file: &Arc<dyn Storage>) -> Result<(), ImageError> {
+    header.write(&**file)?;
+    file.sync().map_err(ImageError::io("flush the header"))
+}
+
+/// The bitmaps. If they are broken the image is used without, and from the first writer on they
+/// no longer count.
+fn open_bitmaps(
+    header: &mut Header,
+    file: &Arc<dyn Storage>,
+) -> Result<Option<Recorder>, ImageError> {
+    match Recorder::open(file, header) {
+        Ok(bitmaps) => Ok(Some(bitmaps)),
+        Err(e @ ImageError::Io { .. }) => Err(e),
+        Err(e) => {
+            tracing::warn!("{}: the bitmaps cannot be used: {e}", file.name());
+            if file.access() == Access::ReadWrite {
+                header.autoclear &= !header::AUTOCLEAR_BITMAPS;
+                write_header(header, file)?;
+            }
+            Ok(None)
+        }
+    }
 }
 
 fn read_l1(header: &Header, file: &Arc<dyn Storage>) -> Result<Vec<u64>, ImageError> {
@@ -286,6 +305,32 @@ fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), 
             return Err(ImageError::Corrupt(format!("L2 table at {entry:#x}")));
         }
         map.add(clusters(entry, 1 << bits), Kind::L2)?;
+    }
+    Ok(())
+}
+
+/// Adds the snapshot table and the snapshots' L1 tables to the map of metadata.
+fn map_snapshots(
+    header: &Header,
+    file: &Arc<dyn Storage>,
+    map: &mut MetadataMap,
+) -> Result<(), ImageError> {
+    let bits = header.cluster_bits;
+    let mut add = |what: &str, at: u64, bytes: u64, kind| {
+        let end = at.checked_add(bytes).filter(|end| *end < i64::MAX as u64);
+        match end {
+            Some(end) if at.is_multiple_of(1 << bits) => {
+                map.add(at >> bits..end.div_ceil(1 << bits), kind)
+            }
+            _ => Err(ImageError::Corrupt(format!("{what} at {at:#x}"))),
+        }
+    };
+    if header.snapshot_count > 0 {
+        let (bytes, tables) = snapshots::tables(&**file, header)?;
+        add("the snapshot table", header.snapshots_offset, bytes, Kind::Snapshots)?;
+        for (at, bytes) in tables {
+            add("a snapshot's L1 table", at, bytes, Kind::InactiveL1)?;
+        }
     }
     Ok(())
 }
@@ -356,5 +401,19 @@ impl Format for Qcow2 {
     }
     fn close(&self) -> Result<(), ImageError> {
         self.close_image()
+    }
+    fn bitmaps(&self) -> Vec<BitmapInfo> {
+        self.bitmaps.as_ref().map_or_else(Vec::new, Recorder::infos)
+    }
+    fn bitmap(
+        &self,
+        name: &str,
+        range: Range<u64>,
+        out: &mut Vec<(u64, bool)>,
+    ) -> Result<(), ImageError> {
+        match &self.bitmaps {
+            Some(bitmaps) => bitmaps.stretches(name, range, out),
+            None => Err(ImageError::Invalid(format!("no bitmap {name:?}"))),
+        }
     }
 }

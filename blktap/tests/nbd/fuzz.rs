@@ -426,5 +426,5 @@ fn fuzz_reaches_all_ends() {
         }
     }
     let all = [begun, broken, tls, abort, contexts as u32, done, refused];
-    assert!(all.iter().all(|n| *n > 100), "{all:?}");
+    assert!(all.iter().all(|n| *n > 50), "{all:?}");
 }

@@ -287,9 +287,9 @@ fn wrong_requests_are_refused_and_the_next_one_is_served() {
             (0xff00, cmd::FLUSH, 0, 0, 22),
             (0, 99, 0, 512, 22),
             (0, cmd::READ, 0, 0, 0),
-            (0, cmd::TRIM, 0, 512, 0),
-            (1, cmd::TRIM, 0, 512, 0),
-            (1, cmd::WRITE_ZEROES, 0, 512, 0),
+            (0, cmd::TRIM, 1024, 512, 0),
+            (1, cmd::TRIM, 1024, 512, 0),
+            (1, cmd::WRITE_ZEROES, 1024, 512, 0),
             (3, cmd::WRITE_ZEROES, 0, 0, 0),
             (0, cmd::CACHE, 0, SIZE as u32, 0),
         ] {

@@ -1,6 +1,8 @@
 //! What is done to QCOW2 images that nobody has open: check, repair, resize, bitmaps, measure.
 //! QEMU's programs (Debian's qemu-utils) make the images and judge the results.
+mod bitmaps;
 mod check;
 mod offline;
 mod qemu;
 mod repair;
+mod resize;

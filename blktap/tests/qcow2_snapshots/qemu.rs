@@ -118,6 +118,11 @@ impl Image {
         self.convert(&[])
     }
 
+    /// What the disk was when a snapshot was made.
+    pub fn snapshot(&self, name: &str) -> Vec<u8> {
+        self.convert(&["-l", &format!("snapshot.name={name}")])
+    }
+
     fn convert(&self, options: &[&str]) -> Vec<u8> {
         let raw = self.beside("disk.raw");
         let mut args = vec!["convert", "-f", "qcow2", "-O", "raw"];

@@ -31,13 +31,13 @@ pub fn run(options: &Commit) -> Result {
     let layers = layers(&reading)?;
     let base = base(&layers, options)?;
     if !options.keep && base == 1 {
-        formats::can_empty(&opening, format)?;
+        formats::can_empty(format)?;
     }
     let mut work = Work::new(options.progress.progress)?;
     let written = write_down(&reading, &layers, base, &mut work)?;
     let emptied = !options.keep && base == 1;
     if emptied {
-        formats::empty(&opening, format, &mut work)?;
+        formats::empty(&opening, format)?;
     }
     work.end();
     let file = &layers[base].file;

@@ -2,16 +2,14 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use blktap::copy::{self, Before, Copied, CopyOptions, Order, Part, What};
-use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions, StatusPlace};
-use blktap::storage::{Access, OpenOptions};
-use blktap::{Disk, ImageDisk, Kept};
+use blktap::image::{BackingPolicy, ImageFormat, StatusPlace};
+use blktap::{Disk, Kept};
 use serde_json::json;
 
 use super::create::{self, Made, NewBacking, NewImage};
-use super::open::{Guess, Opened, Opening, cache, parse_format};
+use super::open::{Guess, Opened, Opening, cache, is_nbd, parse_format};
 use super::options::Options;
 use super::work::Work;
 use super::{Result, Usage, about, document, formats, sizes};
@@ -83,7 +81,12 @@ fn target(
     let size = source.disk.geometry().size;
     if options.no_create {
         let format = existing(options).format()?;
+        formats::can_write(format)?;
         return Ok(Target { made: None, format, size });
+    }
+    if is_nbd(&options.target) {
+        let text = format!("{}: a server's export is there already: say -n", options.target);
+        return Err(Usage(text).into());
     }
     if same_file(&options.source, &options.target) {
         return Err(format!("{}: source and target are one file", options.target).into());
@@ -131,22 +134,22 @@ fn fill(
     how.order = if options.any_order { Order::Any } else { Order::Ascending };
     how.sparse = (sparse > 0).then_some(sparse as usize);
     let fresh = target.made.is_some() || options.target_is_zero;
-    if fresh && !with_backing && !is_device(&options.target) {
+    if fresh && !with_backing && sparse > 0 && !is_device(&options.target) {
         how.before = Before::Zeroes;
     }
     let mut plan = plan(source, with_backing, how.sparse.is_some());
-    if options.compress {
-        return formats::pack(
-            Path::new(&options.target),
-            target.format,
-            source,
-            &mut how,
-            &mut plan,
-            work,
-        );
+    if options.compress || target.format == ImageFormat::Qcow {
+        let packing = formats::Packing {
+            path: Path::new(&options.target),
+            format: target.format,
+            backing: backing_name(options).filter(|_| with_backing),
+            compress: options.compress,
+            cache: cache(options.target_cache),
+        };
+        return packing.carry_out(source, how, &mut plan, work);
     }
     let disk = open_target(options, target, with_backing)?;
-    let there = disk.geometry().size;
+    let there = disk.disk.geometry().size;
     if there < target.size {
         return Err(format!(
             "{}: a disk of {there} bytes is too small for {}",
@@ -156,11 +159,13 @@ fn fill(
     }
     let total = there;
     let mut tick = |done| work.tick(done, total);
-    let copied = copy::copy(&*source.disk, &*disk, &how, &mut plan, None, &mut tick)?;
+    let copied = copy::copy(&*source.disk, &*disk.disk, &how, &mut plan, None, &mut tick)?;
     if there > target.size && how.before == Before::Unknown {
-        clear_rest(&*disk, target.size..there)?;
+        clear_rest(&*disk.disk, target.size..there)?;
     }
-    disk.close().map_err(about(&options.target))?;
+    if let Some(image) = disk.image {
+        image.close().map_err(about(&options.target))?;
+    }
     Ok(copied)
 }
 
@@ -177,18 +182,24 @@ fn is_device(path: &str) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }
 
-fn open_target(options: &Convert, target: &Target, with_backing: bool) -> Result<Arc<ImageDisk>> {
-    let opening = existing(options);
-    let file: OpenOptions = opening.file_options().access(Access::ReadWrite);
-    // What a new target builds on was named by the caller: but it is read only for clusters that
-    // are written in part.
-    let policy = match with_backing {
-        true => BackingPolicy::Allow(
-            backing_folders(options).chain(options.allow.allow_backing.iter().cloned()).collect(),
-        ),
-        false => opening.backing.clone(),
-    };
-    Ok(image::open_image(&ImageOptions::new(target.format, file).backing(policy))?)
+fn open_target(options: &Convert, target: &Target, with_backing: bool) -> Result<Opened> {
+    let mut opening = existing(options);
+    if is_nbd(&options.target) {
+        return opening.open();
+    }
+    opening.format = Some(target.format.name());
+    // What a new target builds on was named by the caller; it is read where clusters are written
+    // in part.
+    if with_backing {
+        let own = backing_folders(options).chain(options.allow.allow_backing.iter().cloned());
+        opening.backing = BackingPolicy::Allow(own.collect());
+    }
+    opening.open()
+}
+
+fn backing_name(options: &Convert) -> Option<NewBacking> {
+    let format = parse_format(options.backing_format.as_deref()?).ok()?;
+    Some(NewBacking { name: options.backing.clone()?, format })
 }
 
 /// The folder of the backing file that the caller names.

@@ -1,16 +1,19 @@
 //! What the commands have to know of each format.
 
+mod qcow;
 mod qcow2;
 mod raw;
 mod vhd;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blktap::copy::{Copied, CopyOptions, Plan as CopyPlan};
+use blktap::formats::qcow2::header::Header;
 use blktap::formats::{BackingName, BitmapInfo};
 use blktap::image::ImageFormat;
-use blktap::storage::{FileStorage, Storage};
+use blktap::storage::{self, Cache, FileStorage, Lock, OpenOptions, Sharing, Storage};
 use serde_json::Value;
 
 use super::check::Checked;
@@ -27,6 +30,8 @@ use crate::cli::disk::Repair;
 /// How an image is made, with all options understood.
 pub enum Plan {
     Raw(raw::Plan),
+    Qcow(qcow::Plan),
+    Qcow2(Box<qcow2::Plan>),
     Vhd(vhd::Plan),
 }
 
@@ -63,8 +68,9 @@ pub fn plan(new: &mut NewImage<'_>) -> Result<Plan> {
     }
     match new.format {
         ImageFormat::Raw => Ok(Plan::Raw(raw::plan(new)?)),
+        ImageFormat::Qcow => Ok(Plan::Qcow(qcow::plan(new)?)),
+        ImageFormat::Qcow2 => Ok(Plan::Qcow2(Box::new(qcow2::plan(new)?))),
         ImageFormat::Vhd => Ok(Plan::Vhd(vhd::plan(new)?)),
-        other => Err(format!("{}: format {other} cannot be made", new.path.display()).into()),
     }
 }
 
@@ -72,6 +78,8 @@ impl Plan {
     pub fn carry_out(&self, storage: &Arc<FileStorage>, work: &mut Work) -> Result<()> {
         match self {
             Plan::Raw(plan) => raw::create(plan, storage, work),
+            Plan::Qcow(plan) => qcow::create(plan, storage),
+            Plan::Qcow2(plan) => qcow2::create(plan, storage),
             Plan::Vhd(plan) => vhd::create(plan, storage, work),
         }
     }
@@ -81,8 +89,9 @@ impl Plan {
 pub fn help(format: ImageFormat) -> String {
     match format {
         ImageFormat::Raw => raw::HELP.into(),
+        ImageFormat::Qcow => qcow::HELP.into(),
+        ImageFormat::Qcow2 => qcow2::HELP.into(),
         ImageFormat::Vhd => vhd::HELP.into(),
-        _ => String::new(),
     }
 }
 
@@ -96,7 +105,7 @@ pub fn details(opening: &Opening<'_>, format: ImageFormat) -> Result<Details> {
         }
         ImageFormat::Vhd => vhd::details(storage).map_err(about(opening.file)),
         ImageFormat::Qcow2 => qcow2::details(&*storage).map_err(about(opening.file)),
-        other => Err(format!("{}: format {other} is not supported", opening.file).into()),
+        ImageFormat::Qcow => qcow::details(storage).map_err(about(opening.file)),
     }
 }
 
@@ -112,15 +121,15 @@ pub fn check(
     repair: Option<Repair>,
     work: &mut Work,
 ) -> Result<Option<Checked>> {
-    let _ = work;
-    if format == ImageFormat::Raw {
+    if matches!(format, ImageFormat::Raw | ImageFormat::Qcow) {
         return Ok(None);
     }
     let storage = opening.storage()?;
-    match format {
-        ImageFormat::Vhd => Ok(Some(vhd::check(&*storage, repair).map_err(about(opening.file))?)),
-        other => Err(format!("{}: format {other} cannot be checked", opening.file).into()),
-    }
+    let checked = match format {
+        ImageFormat::Vhd => vhd::check(&*storage, repair),
+        _ => qcow2::check(&*storage, repair, work),
+    };
+    checked.map(Some).map_err(about(opening.file))
 }
 
 /// Changes the size of the disk.
@@ -130,11 +139,12 @@ pub fn resize(
     wanted: &Wanted,
     work: &mut Work,
 ) -> Result<()> {
-    let storage = opening.clone().alone().storage()?;
+    let alone = opening.clone().alone();
     match format {
-        ImageFormat::Raw => raw::resize(&storage, wanted, work),
-        ImageFormat::Vhd => vhd::resize(&*storage, wanted).map_err(about(opening.file)),
-        other => Err(format!("{}: format {other} cannot be resized", opening.file).into()),
+        ImageFormat::Raw => raw::resize(&alone.storage()?, wanted, work),
+        ImageFormat::Vhd => vhd::resize(&*alone.storage()?, wanted).map_err(about(opening.file)),
+        ImageFormat::Qcow2 => qcow2::resize(opening, wanted).map_err(about(opening.file)),
+        other => lacks(other, "resizing", "convert it to qcow2"),
     }
 }
 
@@ -162,21 +172,52 @@ pub fn snapshot_disk(opening: &Opening<'_>, name: &str) -> Result<Opened> {
 pub fn can_compress(format: ImageFormat, asked: bool) -> Result<()> {
     match format {
         _ if !asked => Ok(()),
+        ImageFormat::Qcow | ImageFormat::Qcow2 => Ok(()),
         other => lacks(other, "compression", "qcow2 and qcow have"),
     }
 }
 
-/// Copies into compressed clusters of a new image.
-pub fn pack(
-    path: &Path,
-    format: ImageFormat,
-    source: &Opened,
-    how: &mut CopyOptions,
-    plan: CopyPlan<'_>,
-    work: &mut Work,
-) -> Result<Copied> {
-    let _ = (path, source, how, plan, work);
-    lacks(format, "compression", "qcow2 and qcow have")
+/// Whether a target of the format that is there can be written.
+pub fn can_write(format: ImageFormat) -> Result<()> {
+    match format {
+        ImageFormat::Qcow => {
+            let text = "qcow images are only made whole, not written: leave -n out";
+            Err(Usage(text.into()).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A target that is written cluster by cluster instead of as a disk.
+pub struct Packing<'a> {
+    pub path: &'a Path,
+    pub format: ImageFormat,
+    pub compress: bool,
+    pub backing: Option<NewBacking>,
+    pub cache: Cache,
+}
+
+impl Packing<'_> {
+    /// Copies into the target, which was made and is empty, and makes it durable.
+    pub fn carry_out(
+        &self,
+        source: &Opened,
+        how: CopyOptions,
+        plan: CopyPlan<'_>,
+        work: &mut Work,
+    ) -> Result<Copied> {
+        match self.format {
+            ImageFormat::Qcow => qcow::pack(self, source, how, plan, work),
+            ImageFormat::Qcow2 => qcow2::pack(self, source, how, plan, work),
+            other => lacks(other, "compression", "qcow2 and qcow have"),
+        }
+    }
+
+    /// The target's file.
+    fn storage(&self) -> Result<Arc<FileStorage>> {
+        let lock = Lock::Held { sharing: Sharing::Exclusive, wait: Duration::ZERO };
+        Ok(Arc::new(storage::open(&OpenOptions::new(self.path).cache(self.cache).lock(lock))?))
+    }
 }
 
 /// Whether images of the format build on others.
@@ -203,14 +244,18 @@ pub fn set_backing(
 }
 
 /// Whether the image can be emptied after a commit.
-pub fn can_empty(opening: &Opening<'_>, format: ImageFormat) -> Result<()> {
-    Err(format!("{}: format {format} cannot be emptied: keep it with -d", opening.file).into())
+pub fn can_empty(format: ImageFormat) -> Result<()> {
+    match format {
+        ImageFormat::Qcow2 => Ok(()),
+        other => lacks(other, "way to be emptied", "keep the image as it is with -d"),
+    }
 }
 
 /// Empties the image: all of it comes from its backing file afterwards.
-pub fn empty(opening: &Opening<'_>, format: ImageFormat, work: &mut Work) -> Result<()> {
-    let _ = work;
-    can_empty(opening, format)
+pub fn empty(opening: &Opening<'_>, format: ImageFormat) -> Result<()> {
+    can_empty(format)?;
+    let storage = opening.clone().alone().storage()?;
+    blktap::formats::qcow2::resize::empty(&*storage).map_err(about(opening.file))
 }
 
 /// Snapshots inside the image.
@@ -226,8 +271,12 @@ pub fn snapshot(
 
 /// The image's dirty bitmaps.
 pub fn bitmaps(opening: &Opening<'_>, format: ImageFormat) -> Result<Vec<BitmapInfo>> {
-    let _ = opening;
-    lacks(format, "bitmaps", "qcow2 has")
+    if format != ImageFormat::Qcow2 {
+        return lacks(format, "bitmaps", "qcow2 has");
+    }
+    let storage = opening.storage()?;
+    let header = Header::read(&*storage).map_err(about(opening.file))?;
+    qcow2::bitmaps(&*storage, &header).map_err(about(opening.file))
 }
 
 /// Adds, removes, changes a dirty bitmap.
@@ -237,6 +286,9 @@ pub fn change_bitmap(
     act: bitmap::Act,
     name: &str,
 ) -> Result<()> {
-    let _ = (opening, act, name);
-    lacks(format, "bitmaps", "qcow2 has")
+    if format != ImageFormat::Qcow2 {
+        return lacks(format, "bitmaps", "qcow2 has");
+    }
+    let storage = opening.storage()?;
+    qcow2::change_bitmap(&*storage, act, name).map_err(about(opening.file))
 }

@@ -176,6 +176,7 @@ impl DiskQueue for NbdQueue {
         if self.in_flight_now() >= self.slots.depth() {
             return Err(Full);
         }
+        self.come_back();
         let away = matches!(&self.link, Link::Lost { end, .. } if *end <= Instant::now());
         let answer = self.judge(request).or(away.then_some(libc::EIO));
         if let Some(errno) = answer {

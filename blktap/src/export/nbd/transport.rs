@@ -93,6 +93,11 @@ impl Transport {
         self.tls = Some(Box::new(tls));
     }
 
+    /// Whether the bytes are TLS's.
+    pub fn is_encrypted(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Fills `into` with what has come: 0 at the end, `WouldBlock` where there is nothing. If
     /// it is filled wholly there may be more, of which the socket says nothing.
     pub fn receive(&mut self, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {

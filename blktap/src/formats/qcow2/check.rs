@@ -9,6 +9,7 @@ mod counts;
 mod entries;
 mod image;
 mod rebuild;
+pub(super) mod references;
 mod repair;
 mod report;
 mod snapshots;
@@ -16,6 +17,7 @@ mod tables;
 mod walk;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use crate::formats::ImageError;
 use crate::storage::Storage;
@@ -69,4 +71,15 @@ fn examine(image: &Image<'_>) -> Result<Sight, ImageError> {
     copied::flags(image, Mend::Nothing, &mut sight)?;
     sight.report.total_clusters = image.header.disk_size().div_ceil(image.cluster());
     Ok(sight)
+}
+
+/// Makes the refcounts of an image right that was not closed, as opening it for writing needs.
+pub fn repair_dirty(storage: &Arc<dyn Storage>) -> Result<(), ImageError> {
+    let report = repair(&**storage, Repair::All, CHECK_MEMORY, &unwatched)?;
+    match report.corruptions + report.check_errors {
+        0 => Ok(()),
+        n => Err(ImageError::Corrupt(format!(
+            "it was not closed properly, and {n} faults cannot be repaired"
+        ))),
+    }
 }

@@ -19,11 +19,7 @@ impl Qcow2 {
         read.map_err(ImageError::io("read a compressed cluster"))?;
         out.clear();
         out.resize(self.layout.cluster_size() as usize, 0);
-        let whole = match self.compression {
-            Compression::Zlib => inflate(&packed, out),
-            Compression::Zstd => unzstd(&packed, out),
-        };
-        if whole {
+        if unpack(self.compression, &packed, out) {
             return Ok(());
         }
         Err(ImageError::Corrupt(format!("compressed cluster at {:#x}", range.start)))
@@ -142,6 +138,14 @@ impl Space {
         let at = self.packed.start..self.packed.start + len;
         self.packed.start = at.end;
         Ok(at)
+    }
+}
+
+/// Fills `out`, a cluster, from what is packed. Says whether it did.
+pub(super) fn unpack(compression: Compression, packed: &[u8], out: &mut [u8]) -> bool {
+    match compression {
+        Compression::Zlib => inflate(packed, out),
+        Compression::Zstd => unzstd(packed, out),
     }
 }
 

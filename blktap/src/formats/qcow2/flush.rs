@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use crate::formats::ImageError;
 use crate::storage::Access;
 
+use super::bitmaps::Recorder;
 use super::header::INCOMPAT_DIRTY;
 use super::space::Freed;
 use super::{Qcow2, Slice};
@@ -203,6 +204,6 @@ impl Qcow2 {
             space.header.incompatible &= !INCOMPAT_DIRTY;
             space.write_header()?;
         }
-        Ok(())
+        self.bitmaps.as_ref().map_or(Ok(()), Recorder::close)
     }
 }

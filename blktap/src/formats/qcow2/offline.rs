@@ -5,6 +5,7 @@
 //! allocates, syncs, names what it allocated, syncs, and frees what is no longer named: each crash
 //! leaves leaks at worst.
 mod blocks;
+mod extension;
 mod grow;
 
 use crate::formats::ImageError;
@@ -22,6 +23,8 @@ pub struct Offline<'a> {
     blocks: Blocks,
     /// No cluster before this one is free.
     first_free: u64,
+    /// To be freed once nothing names them any more.
+    deferred: Vec<(u64, u64)>,
 }
 
 /// Where the refcount table's place is in the header: offset, clusters.
@@ -41,7 +44,7 @@ impl<'a> Offline<'a> {
         }
         let layout = header.layout();
         let blocks = Blocks::read(storage, &header)?;
-        Ok(Offline { storage, header, layout, blocks, first_free: 1 })
+        Ok(Offline { storage, header, layout, blocks, first_free: 1, deferred: Vec::new() })
     }
 
     /// The file.
@@ -73,20 +76,30 @@ impl<'a> Offline<'a> {
 
     /// One user more of a cluster that is in use.
     pub fn take(&mut self, cluster: u64) -> Result<(), ImageError> {
-        let count = self.refcount(cluster)?;
-        if count == 0 {
-            return Err(unused(cluster));
+        self.add_users(cluster, 1)
+    }
+
+    /// So many users more of a cluster that is in use.
+    pub fn add_users(&mut self, cluster: u64, users: u64) -> Result<(), ImageError> {
+        match self.refcount(cluster)? {
+            0 => Err(unused(cluster)),
+            count => self.set_refcount(cluster, count.saturating_add(users)),
         }
-        self.set_refcount(cluster, count + 1)
     }
 
     /// One user less of a cluster.
     pub fn drop_one(&mut self, cluster: u64) -> Result<(), ImageError> {
-        let count = self.refcount(cluster)?.checked_sub(1).ok_or_else(|| unused(cluster))?;
-        if count == 0 {
+        self.drop_users(cluster, 1).map(|_| ())
+    }
+
+    /// So many users less of a cluster. Gives how many are left.
+    pub fn drop_users(&mut self, cluster: u64, users: u64) -> Result<u64, ImageError> {
+        let left = self.refcount(cluster)?.checked_sub(users).ok_or_else(|| unused(cluster))?;
+        if left == 0 {
             self.first_free = self.first_free.min(cluster);
         }
-        self.set_refcount(cluster, count)
+        self.set_refcount(cluster, left)?;
+        Ok(left)
     }
 
     /// One user less of all clusters that `len` bytes from `offset` on lie in.
@@ -96,6 +109,16 @@ impl<'a> Offline<'a> {
         };
         let bits = self.layout.cluster_bits;
         (offset >> bits..=last >> bits).try_for_each(|cluster| self.drop_one(cluster))
+    }
+
+    /// Takes note of (offset, length) that are to be freed once nothing names them.
+    pub(super) fn defer_free(&mut self, freed: impl IntoIterator<Item = (u64, u64)>) {
+        self.deferred.extend(freed);
+    }
+
+    /// Frees what waits for it: what named it was changed durably.
+    pub(super) fn free_deferred(&mut self) -> Result<(), ImageError> {
+        std::mem::take(&mut self.deferred).into_iter().try_for_each(|(at, len)| self.free(at, len))
     }
 
     /// Clusters next to each other that nobody uses, for `len` bytes; their refcounts are 1

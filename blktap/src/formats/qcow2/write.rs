@@ -49,11 +49,17 @@ impl Qcow2 {
         if self.corrupt.load(Ordering::Acquire) {
             return Err(ImageError::Corrupt("it was found corrupt and is not written".into()));
         }
-        match change {
+        let bytes = range.clone();
+        let resolved = match change {
             Change::Write => self.write(range, waiter, out),
             Change::Zero => self.write_zeroes(range, waiter, out),
             Change::Discard => self.discard(range, waiter, out),
+        };
+        if let (Some(bitmaps), Ok(Outcome::Ready(_))) = (&self.bitmaps, &resolved) {
+            // Before the data change; the rest of the range follows anyway.
+            bitmaps.record(&bytes);
         }
+        resolved
     }
 
     /// What must be loaded before an entry of `at` can be changed.

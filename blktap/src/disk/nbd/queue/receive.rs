@@ -106,7 +106,8 @@ impl NbdQueue {
         if let Some(payload) = &mut input.payload {
             (payload.at, payload.left) = (payload.at + paid, payload.left - paid);
         }
-        Ok(got == wanted + room as u64 || !whole)
+        // TLS may hold more, of which the socket says nothing.
+        Ok(got == wanted + room as u64 || !whole || member.transport.is_encrypted())
     }
 
     fn parse(&mut self) -> io::Result<()> {

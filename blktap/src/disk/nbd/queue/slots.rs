@@ -84,7 +84,9 @@ impl Slots {
         slot.bufs.clear();
         slot.bufs.extend(r.bufs.iter().take(MAX_SEGMENTS).filter(|b| !b.is_empty()));
         (slot.used, slot.op, slot.token, slot.changes) = (true, r.op, r.token, changes);
-        (slot.offset, slot.len, slot.at) = (r.offset, r.len, 0);
+        // A flush has no range, whatever it says.
+        let range = if r.op == Op::Flush { (0, 0) } else { (r.offset, r.len) };
+        ((slot.offset, slot.len), slot.at) = (range, 0);
         (slot.step, slot.serial) = (Step::Main, self.serial);
         Some(number)
     }
