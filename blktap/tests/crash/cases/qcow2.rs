@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use blktap::formats::qcow2::header::Header;
 use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
 use blktap::formats::qcow2::snapshots::{self, Which};
-use blktap::formats::qcow2::{Dirty, L2Cache, Qcow2, Qcow2Options, check};
+use blktap::formats::qcow2::{L2Cache, Qcow2, Qcow2Options, check};
 use blktap::formats::{Format, ImageError};
 use blktap::storage::Storage;
 use blktap::storage::record::SparseBytes;
@@ -89,7 +89,7 @@ impl Case for Qcow2Case {
         let options = Qcow2Options {
             l2_cache: L2Cache::Bytes(8 << 10),
             refcount_cache: 16 << 10,
-            dirty: Dirty::Repair,
+            repair: Some(check::repair_dirty),
         };
         let image = Qcow2::open(Arc::clone(&files[0]), files.get(1).cloned(), &options)?;
         let mut layers: Vec<Arc<dyn Format>> = vec![Arc::new(image)];
