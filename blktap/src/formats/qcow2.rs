@@ -14,6 +14,7 @@ pub mod extension;
 mod flush;
 pub mod header;
 mod load;
+pub mod measure;
 mod metadata;
 pub mod offline;
 mod pool;
