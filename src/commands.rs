@@ -6,6 +6,7 @@ mod bench;
 mod daemon;
 mod disk;
 mod doctor;
+mod export;
 mod guest;
 mod hypervisor;
 mod knobs;
@@ -15,7 +16,7 @@ mod stats;
 
 use std::process::ExitCode;
 
-use crate::cli::{Attach, Backend, Cli, Command, Detach};
+use crate::cli::{Attach, Backend, Cli, Command, Detach, Export};
 use crate::platform::{connect, run_dir};
 use backend::Disks;
 
@@ -50,11 +51,16 @@ pub fn run(cli: Cli) -> Result {
         Command::Guest { plan } => return guest::run(&plan),
         Command::Bench(bench) => return bench::run(&bench),
         Command::Disk(disk) => return disk::run(&disk),
+        Command::Export(Export::Nbd(options)) => return export::nbd(&options),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Disk(_) => Ok(ExitCode::SUCCESS),
+        Command::Run(_)
+        | Command::Guest { .. }
+        | Command::Bench(_)
+        | Command::Disk(_)
+        | Command::Export(_) => Ok(ExitCode::SUCCESS),
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {

@@ -1,12 +1,13 @@
 //! A block device as the xenbus server sees it: negotiates, opens the disk, runs the queues.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
-use blktap::{Disk, Geometry};
+use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
@@ -325,6 +326,9 @@ impl Device for BlkDevice {
 /// Opens what a node's `FORMAT:TARGET` names; a target alone is raw. Images that build on others
 /// open these as `backing` allows.
 pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn Disk>, Fault> {
+    if NbdTarget::is_meant(&wanted.params) {
+        return open_nbd(wanted).map_err(|e| Fault(e.to_string()));
+    }
     let (format, target) = match wanted.params.split_once(':') {
         Some((format, target)) if !format.contains('/') => (format, target),
         _ => ("raw", wanted.params.as_str()),
@@ -334,6 +338,14 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     let file = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
     let options = ImageOptions::new(format, file).backing(backing.clone());
     image::open(&options).map_err(|e| Fault(e.to_string()))
+}
+
+/// The export of an NBD server.
+fn open_nbd(wanted: &Wanted) -> io::Result<Arc<dyn Disk>> {
+    let target = NbdTarget::parse(&wanted.params).map_err(io::Error::other)?;
+    let options = NbdOptions { access: wanted.access, ..NbdOptions::new(target) };
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", wanted.params));
+    Ok(NbdDisk::open(options).map_err(named)?)
 }
 
 /// As [`open_target`], for a [`BlkBackend`].

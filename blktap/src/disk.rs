@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod mem;
+mod nbd;
 mod null;
 mod raw;
 
@@ -15,6 +16,7 @@ use perf::Handle;
 
 use crate::engine::EngineCounters;
 pub use mem::{MemDisk, Volatility};
+pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
 pub(crate) use null::wait_for;
 pub use raw::{RawDisk, RawQueue};
@@ -142,6 +144,15 @@ pub struct Region {
     pub kept: Kept,
 }
 
+/// What a range reads as after [`Op::Discard`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discarded {
+    /// As old data or as zeroes.
+    Unspecified,
+    /// As zeroes, if the discard was answered with 0.
+    Zeroes,
+}
+
 /// A disk. Opened once, shared by all queues; they keep what they need of it, so it may be
 /// dropped before them.
 pub trait Disk: Send + Sync {
@@ -152,6 +163,10 @@ pub trait Disk: Send + Sync {
     /// A queue for one thread. `depth` is how many requests it holds at once, from 1 to
     /// [`MAX_DEPTH`](crate::engine::MAX_DEPTH).
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
+    /// What a discarded range reads as.
+    fn discarded(&self) -> Discarded {
+        Discarded::Unspecified
+    }
     /// Appends how `range` (bytes, inside the disk) is kept, neighbours of one kind joined. May
     /// stop early, but not before the first stretch. May block: not for the data path. What is
     /// not known is `Data`.

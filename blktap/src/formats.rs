@@ -22,6 +22,7 @@
 mod error;
 mod guards;
 mod leases;
+pub mod qcow;
 pub mod qcow2;
 mod raw;
 pub mod vhd;

@@ -3,6 +3,7 @@ pub mod blocking;
 pub mod copy;
 pub mod disk;
 pub mod engine;
+pub mod export;
 pub mod faults;
 pub mod formats;
 pub mod image;

@@ -50,7 +50,8 @@ fn measure(c: &CRing, pages: usize, batch: u32, pairs: usize) -> Row {
     let slots = rings::slot_count::<c_ring::Toy>(pages);
     let rounds = REQUESTS / u64::from(batch);
     let (mut c_all, mut table_all, mut bare_all) = (vec![], vec![], vec![]);
-    for _ in 0..pairs {
+    // One pair more, first, for the caches and whatever else must get warm.
+    for pair in 0..=pairs {
         // SAFETY: the page outlives the call, and nobody else uses it meanwhile.
         let (c_ns, expected) =
             timed(|| unsafe { (c.roundtrips)(page.base(), page.len(), rounds, batch) });
@@ -61,6 +62,9 @@ fn measure(c: &CRing, pages: usize, batch: u32, pairs: usize) -> Row {
             rust_roundtrips(&page, Forget::new(slots), rounds, batch).expect("honest ends")
         });
         assert_eq!([with_table, bare], [expected; 2], "the two did not do the same work");
+        if pair == 0 {
+            continue;
+        }
         c_all.push(c_ns);
         table_all.push(table_ns);
         bare_all.push(bare_ns);

@@ -322,7 +322,7 @@ impl<M: SharedMem> Region<M> {
 pub struct Arriving<'a, T> {
     from: *mut u8,
     unit: Unit,
-    of: PhantomData<(&'a (), fn() -> T)>,
+    of: PhantomData<&'a T>,
 }
 
 impl<T: FromBytes> Arriving<'_, T> {

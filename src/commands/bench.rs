@@ -6,6 +6,7 @@ mod blk;
 mod front;
 mod host;
 mod load;
+mod nbd;
 mod peer;
 mod qemu;
 mod ring;
@@ -26,6 +27,7 @@ pub fn run(bench: &Bench) -> Result {
     match bench {
         Bench::Ring(options) => ring::run(options),
         Bench::Blk(options) => blk::run(options),
+        Bench::Nbd(options) => nbd::run(options),
         Bench::Guest { plan } => tell(&front::run(&serde_json::from_str(plan)?)?),
         Bench::Client { plan } => tell(&peer::run(&serde_json::from_str(plan)?)?),
     }

@@ -23,11 +23,6 @@ use std::process::ExitCode;
 use super::Result;
 use crate::cli::disk::Disk;
 
-pub use create::{NewBacking, NewImage};
-pub use open::{Guess, Opening};
-pub use options::Options;
-pub use work::Work;
-
 /// Exit status of a wrong use.
 const USAGE: u8 = 2;
 

@@ -2,6 +2,8 @@
 //! as its standard input. It does the I/O that its plan says and reports on standard output, a
 //! JSON document a line.
 
+mod nbd;
+
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -29,6 +31,9 @@ pub fn run(plan: &str) -> Result {
     let link = Link::new(io::stdin().as_fd().try_clone_to_owned()?)?;
     let guest = Arc::new(Frontend::new(link));
     end_with(guest.lifeline()?)?;
+    if let Some(socket) = &plan.nbd {
+        return nbd::serve(&guest, &plan.disks, socket);
+    }
     let progress = Arc::new(AtomicU64::new(0));
     let disks = std::thread::scope(|scope| {
         let (guest, progress) = (&guest, &progress);
@@ -68,20 +73,21 @@ fn end_with(lifeline: OwnedFd) -> io::Result<()> {
     std::thread::Builder::new().name("lifeline".into()).spawn(wait).map(drop)
 }
 
-fn run_disk(guest: Arc<dyn Guest>, plan: &DiskPlan, done: &AtomicU64) -> io::Result<DiskReport> {
-    let front = BlkFront::connect(
-        guest,
-        plan.devid,
-        FrontOptions {
-            grants: match plan.grants {
-                Grants::Persistent => GrantMode::Persistent,
-                Grants::Copy => GrantMode::Copy,
-            },
-            max_queues: plan.queues,
-            max_ring_page_order: plan.ring_page_order,
-            ..FrontOptions::default()
+fn connect(guest: Arc<dyn Guest>, plan: &DiskPlan) -> io::Result<BlkFront> {
+    let options = FrontOptions {
+        grants: match plan.grants {
+            Grants::Persistent => GrantMode::Persistent,
+            Grants::Copy => GrantMode::Copy,
         },
-    )?;
+        max_queues: plan.queues,
+        max_ring_page_order: plan.ring_page_order,
+        ..FrontOptions::default()
+    };
+    BlkFront::connect(guest, plan.devid, options)
+}
+
+fn run_disk(guest: Arc<dyn Guest>, plan: &DiskPlan, done: &AtomicU64) -> io::Result<DiskReport> {
+    let front = connect(guest, plan)?;
     let queues = front.queues();
     let parts = (0..queues)
         .map(|n| Ok((Part::of(plan, front.geometry(), n, queues), front.queue(plan.depth)?)))

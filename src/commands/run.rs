@@ -50,12 +50,18 @@ pub fn run(options: &Run) -> Result {
     let images = settings.disks.iter().map(make).collect::<Result<Vec<_>>>()?;
     let disks = settings.disks.iter().zip(&images);
     let disks = disks.map(|(d, image)| d.plan(image, seed, &settings.guest.cpus));
-    let plan = GuestPlan { disks: disks.collect() };
+    let nbd = options.nbd.as_deref().map(std::path::absolute).transpose()?;
+    let plan = GuestPlan { disks: disks.collect(), nbd };
     let scene = Scene { settings, images, plan };
     let start = Instant::now();
     let mut processes = Processes::start(&folder.0, stop)?;
     let reports = perform(&mut processes, &scene, options)?;
     processes.end_guest()?;
+    if scene.plan.nbd.is_some() {
+        // What the clients wrote, they know.
+        processes.end_hypervisor()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut checked = Checked::default();
     for ((image, plan), report) in scene.images.iter().zip(&scene.plan.disks).zip(&reports) {
         checked.add(image.compare(plan, report)?);
@@ -91,6 +97,12 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Ve
             Said::Line(Line::Progress(moved)) if shows => show(moved, total)?,
             Said::Line(Line::Progress(_)) => {}
             Said::Line(Line::Report(reports)) => break reports,
+            Said::Line(Line::Serving) => {
+                for uri in uris(&scene.plan) {
+                    println!("{uri}");
+                }
+            }
+            Said::Interrupted if scene.plan.nbd.is_some() => processes.stop_guest()?,
             Said::Interrupted => return Err("interrupted".into()),
         }
     };
@@ -99,6 +111,14 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Ve
     }
     // The guest has closed its devices and ends; its nodes go with it, and its backend too.
     Ok(reports)
+}
+
+/// Where the disks of a guest that serves them are.
+fn uris(plan: &GuestPlan) -> Vec<String> {
+    let Some(socket) = &plan.nbd else { return Vec::new() };
+    let of =
+        |disk: &plan::DiskPlan| format!("nbd+unix:///{}?socket={}", disk.vdev, socket.display());
+    plan.disks.iter().map(of).collect()
 }
 
 fn show(moved: u64, total: u64) -> std::io::Result<()> {

@@ -23,8 +23,8 @@ use crate::proto::{
 use zerocopy::FromBytes;
 
 /// Requests taken from the ring in one go. A frontend that polls works on one batch of answers
-/// while this end works on the next: at depth 32 that makes 73 ns a request of 125. Smaller
-/// ones cost more enters of io_uring.
+/// while this end works on the next: null disk, depth 32, 170 ns a request without that, 80 to 110
+/// with it. Smaller ones cost more enters of io_uring.
 const BATCH: usize = 16;
 /// A frontend that sleeps is woken once for up to so many answers.
 const ANSWERS: u32 = 64;

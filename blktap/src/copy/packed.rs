@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::pipe::{self, Ends, Next};
 use super::reader::{Mode, Reader};
 use super::runs::{Examine, is_zero};
-use super::{Copied, CopyError, CopyOptions, Part, Piece, Plan, Tick, What};
+use super::{Before, Copied, CopyError, CopyOptions, Part, Piece, Plan, Tick, What};
 use crate::disk::Disk;
 use crate::formats::ImageError;
 
@@ -23,6 +23,7 @@ pub type Pack<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), ImageError> + Sync);
 
 /// What the threads share.
 struct Shared {
+    before: Before,
     written: AtomicU64,
     sparse: AtomicU64,
     done: AtomicU64,
@@ -37,9 +38,9 @@ impl Shared {
     }
 }
 
-/// Copies `source` as `plan` says into a target that reads as zeroes, in clusters of
-/// [`CopyOptions::piece`] bytes which `pack` writes. Clusters of zeroes are left out. The target
-/// is not flushed.
+/// Copies `source` as `plan` says into a new target, in clusters of [`CopyOptions::piece`] bytes
+/// which `pack` writes. What is skipped, and zeroes where the target [reads as
+/// zeroes](Before::Zeroes), are left out. The target is not flushed.
 pub fn copy_packed(
     source: &dyn Disk,
     pack: Pack<'_>,
@@ -51,10 +52,11 @@ pub fn copy_packed(
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(16);
     let (theirs, ours) = pipe::ends(2 * threads as u32 + options.depth.min(64), options.piece)
         .map_err(CopyError::other("make an eventfd"))?;
-    let mut whole = whole_clusters(plan, cluster, options.len);
+    let mut whole = whole_clusters(plan, cluster, options);
     let reader =
         Reader::new(source, options.len, options.piece, &mut whole, Mode::new(Examine::Nothing))?;
     let shared = Shared {
+        before: options.before,
         written: AtomicU64::new(0),
         sparse: AtomicU64::new(0),
         done: AtomicU64::new(0),
@@ -110,7 +112,7 @@ fn work(ends: &Ends, pack: Pack<'_>, shared: &Shared) {
 fn write(piece: &Piece, pack: Pack<'_>, shared: &Shared) -> Result<(), CopyError> {
     let has_data = piece.runs.iter().any(|r| r.what == What::Data);
     let bytes = if has_data { &piece.buffer.bytes()[..piece.len as usize] } else { &[] };
-    if is_zero(bytes) {
+    if !has_data || (shared.before == Before::Zeroes && is_zero(bytes)) {
         shared.sparse.fetch_add(piece.len, Ordering::Relaxed);
         return Ok(());
     }
@@ -129,8 +131,9 @@ fn write(piece: &Piece, pack: Pack<'_>, shared: &Shared) -> Result<(), CopyError
 fn whole_clusters<'a>(
     plan: Plan<'a>,
     cluster: u64,
-    end: u64,
-) -> impl FnMut(std::ops::Range<u64>, &mut Vec<Part>) -> std::io::Result<()> + Send + 'a {
+    options: &CopyOptions,
+) -> impl FnMut(std::ops::Range<u64>, &mut Vec<Part>) -> std::io::Result<()> + Send + use<'a> {
+    let (end, before) = (options.len, options.before);
     move |range, out| {
         let mut parts = Vec::new();
         plan(range.clone(), &mut parts)?;
@@ -139,7 +142,8 @@ fn whole_clusters<'a>(
         let whole = first.len - first.len % cluster;
         let to_end = range.start + first.len >= end;
         match first.what {
-            What::Data => {
+            // Zeroes that must be written are data.
+            what if what == What::Data || (what == What::Zero && before == Before::Unknown) => {
                 let len = first.len.next_multiple_of(cluster).min(end - range.start);
                 out.push(Part { len, what: What::Data });
             }

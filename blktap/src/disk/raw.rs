@@ -1,5 +1,8 @@
 //! Raw images and block devices: the disk is the file, byte for byte.
+mod holes;
+
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
@@ -7,7 +10,7 @@ use std::time::Duration;
 
 use perf::Handle;
 
-use super::{Disk, DiskQueue, Done, Full, Geometry, Op, Request};
+use super::{Discarded, Disk, DiskQueue, Done, Full, Geometry, Kept, Op, Region, Request};
 use crate::engine::{
     Durability, Engine, EngineConfig, EngineCounters, EngineOp, FileKind, RingMode, SetupError,
     Transfer,
@@ -88,6 +91,25 @@ impl Disk for RawDisk {
 
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>> {
         Ok(Box::new(self.queue_in_mode(depth, RingMode::Deferred)?))
+    }
+
+    /// PUNCH_HOLE zeroes also the parts of blocks that it cannot give back.
+    fn discarded(&self) -> Discarded {
+        match self.storage.probe.kind {
+            FileKind::Regular => Discarded::Zeroes,
+            FileKind::Block => Discarded::Unspecified,
+        }
+    }
+
+    fn map(&self, range: Range<u64>, out: &mut Vec<Region>) -> io::Result<()> {
+        let logical = u64::from(self.storage.probe.logical);
+        match self.storage.probe.kind {
+            FileKind::Regular => holes::map(&self.storage.file, range, logical, out),
+            FileKind::Block => {
+                out.push(Region { len: range.end.saturating_sub(range.start), kept: Kept::Data });
+                Ok(())
+            }
+        }
     }
 }
 

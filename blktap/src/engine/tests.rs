@@ -420,3 +420,46 @@ fn refusals_name_the_remedy() {
     assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
     assert!(e.to_string().contains("sysctl"));
 }
+
+#[test]
+fn small_cached_writes_arrive_whoever_makes_them() {
+    for mode in MODES {
+        let file = tempfile::tempfile_in(".").expect("a file");
+        let mut engine = engine_on(file.try_clone().expect("a descriptor"), 8, mode);
+        let mut blocks: Vec<Vec<u8>> = (1..=8u8).map(|n| vec![n; 4096]).collect();
+        let mut done = Vec::new();
+        for (at, block) in blocks.iter_mut().enumerate() {
+            let (head, tail) = block.split_at_mut(1024);
+            let (offset, token) = (at as u64 * 4096, at as u64);
+            let write = EngineOp::Write(Durability::Volatile);
+            engine.start(&transfer(write, offset, &[buf(head), buf(tail)], token)).expect("room");
+        }
+        // Some are left for the drop to drain, once they are taken.
+        while done.is_empty() {
+            engine.poll(&mut done).expect("poll");
+        }
+        let counters = engine.counters().clone();
+        drop(engine);
+        assert!(done.iter().all(|d| d.errno == 0));
+        assert!(counters.inline_writes.get() + counters.writes.get() >= 8);
+        let mut bytes = vec![0; 8 * 4096];
+        file.read_exact_at(&mut bytes, 0).expect("read");
+        assert!(bytes == blocks.concat(), "in mode {mode:?}");
+    }
+}
+
+#[test]
+fn a_write_that_fails_at_once_says_why() {
+    let file = tempfile::NamedTempFile::new_in(".").expect("a file");
+    let read_only = File::open(file.path()).expect("open");
+    let mut engine = engine_on(read_only, 1, RingMode::Deferred);
+    let mut bytes = [1; 512];
+    let write = EngineOp::Write(Durability::Volatile);
+    engine.start(&transfer(write, 0, &[buf(&mut bytes)], 7)).expect("room");
+    let mut done = Vec::new();
+    while done.is_empty() {
+        engine.wait(&[], None).expect("wait");
+        engine.poll(&mut done).expect("poll");
+    }
+    assert_eq!(done, [Done { token: 7, errno: libc::EBADF }]);
+}

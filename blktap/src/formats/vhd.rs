@@ -16,6 +16,7 @@
 //! copy at the start is not: opening for writing puts it back.
 mod batmap;
 mod bitmap;
+mod check;
 mod create;
 mod flush;
 mod footer;
@@ -23,6 +24,7 @@ mod header;
 mod layout;
 mod locator;
 mod open;
+mod resize;
 mod resolve;
 mod space;
 
@@ -35,6 +37,7 @@ use parking_lot::Mutex;
 
 use self::batmap::Batmap;
 use self::bitmap::Bitmaps;
+pub use self::check::{CheckReport, Repair};
 pub use self::create::{CreateOptions, Shape};
 use self::flush::{Dirty, Flushes};
 use self::footer::Footer;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::{Blocking, ImageDisk};
 use crate::disk::{Disk, RawDisk};
+use crate::formats::qcow::Qcow;
 use crate::formats::qcow2::header::Header;
 use crate::formats::qcow2::{L2Cache, Qcow2, Qcow2Options};
 use crate::formats::vhd::Vhd;
@@ -230,8 +231,8 @@ impl Opener<'_> {
                 Ok(Arc::new(raw))
             }
             ImageFormat::Vhd => Ok(Arc::new(Vhd::open(storage)?)),
+            ImageFormat::Qcow => Ok(Arc::new(Qcow::open(storage)?)),
             ImageFormat::Qcow2 => self.qcow2(file, storage),
-            ImageFormat::Qcow => Err(ImageError::Unsupported(format!("format {format}"))),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a disk may hold after a power cut: for each sector what it held at the last flush that
 //! was answered, or anything that was written since.
 use std::ops::Range;
+use std::sync::Arc;
 
 pub const SECTOR: usize = 512;
 /// The tag of what a backing image holds.
@@ -39,9 +40,10 @@ pub fn tag_of(bytes: &[u8], sector: u64) -> Option<u32> {
     (bytes == expected).then_some(tag)
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Version {
     tag: u32,
+    bytes: Arc<[u8; SECTOR]>,
     /// The journal's length when it began.
     from: usize,
 }
@@ -72,11 +74,14 @@ struct Snapshot {
     deleted: Option<usize>,
     /// Flushed after it was deleted.
     gone: Option<usize>,
+    /// Its creation or deletion failed: it may be there or not.
+    unsure: bool,
 }
 
 /// All that was done to a disk. Times are lengths of the journal.
 #[derive(Debug)]
 pub struct History {
+    zeroes: Arc<[u8; SECTOR]>,
     sectors: Vec<Sector>,
     live: Vec<u32>,
     sizes: Vec<(u64, usize)>,
@@ -88,15 +93,25 @@ impl History {
     /// A durable disk of `size` sectors, each with its tag; it may grow to `room` sectors.
     pub fn new(size: u64, room: u64, tag: impl Fn(u64) -> u32) -> Self {
         let live: Vec<_> = (0..room).map(|s| if s < size { tag(s) } else { 0 }).collect();
-        let sector =
-            |tag: &u32| Sector { versions: vec![Version { tag: *tag, from: 0 }], certain: 0 };
-        History {
-            sectors: live.iter().map(sector).collect(),
-            live,
+        let mut history = History {
+            zeroes: Arc::new([0; SECTOR]),
+            sectors: vec![Sector::default(); live.len()],
+            live: Vec::new(),
             sizes: vec![(size, 0)],
             flushes: Vec::new(),
             snapshots: Vec::new(),
+        };
+        (0..).zip(&live).for_each(|(sector, tag)| history.push(sector, *tag, 0));
+        history.live = live;
+        history
+    }
+
+    fn push(&mut self, sector: u64, tag: u32, from: usize) {
+        let mut bytes = Arc::clone(&self.zeroes);
+        if tag != 0 {
+            fill(tag, sector, &mut Arc::make_mut(&mut bytes)[..]);
         }
+        self.sectors[sector as usize].versions.push(Version { tag, bytes, from });
     }
 
     /// Sectors as of now.
@@ -107,24 +122,27 @@ impl History {
     pub fn live(&self, sector: u64) -> u32 {
         self.live[sector as usize]
     }
-    /// The most that the disk may grow to.
-    pub fn room(&self) -> u64 {
-        self.sectors.len() as u64
+    /// A change of size failed: it may have any of the last two.
+    pub fn resize_failed(&mut self, now: u64, from: usize) {
+        self.sizes.push((now, from));
     }
 
     /// `sectors` may hold `tag` from now on.
     pub fn may_hold(&mut self, sectors: Range<u64>, tag: u32, from: usize) {
-        for sector in &mut self.sectors[sectors.start as usize..sectors.end as usize] {
-            sector.versions.push(Version { tag, from });
-        }
+        sectors.for_each(|sector| self.push(sector, tag, from));
+    }
+    /// Whether a read may find `tag` now, as far as is known.
+    pub fn may_be(&self, sector: u64, tag: u32) -> bool {
+        let sector = &self.sectors[sector as usize];
+        sector.versions[sector.certain as usize..].iter().any(|v| v.tag == tag)
     }
     /// `sector` reads as `tag`.
     pub fn holds(&mut self, sector: u64, tag: u32, from: usize) {
         self.live[sector as usize] = tag;
-        let sector = &mut self.sectors[sector as usize];
-        if sector.versions.last().is_none_or(|v| v.tag != tag) {
-            sector.versions.push(Version { tag, from });
+        if self.sectors[sector as usize].versions.last().is_none_or(|v| v.tag != tag) {
+            self.push(sector, tag, from);
         }
+        let sector = &mut self.sectors[sector as usize];
         sector.certain = sector.versions.len() as u32 - 1;
     }
     /// A flush was answered.
@@ -147,18 +165,18 @@ impl History {
 
     pub fn snapshot_created(&mut self, name: &str, created: usize) {
         let tags = self.live[..self.size() as usize].to_vec();
-        let (name, certain) = (name.to_owned(), None);
-        self.snapshots.push(Snapshot { name, tags, created, certain, deleted: None, gone: None });
+        let (name, unsure) = (name.to_owned(), false);
+        let (certain, deleted, gone) = (None, None, None);
+        self.snapshots.push(Snapshot { name, tags, created, certain, deleted, gone, unsure });
     }
     pub fn snapshot_deleted(&mut self, name: &str, deleted: usize) {
         if let Some(s) = self.snapshots.iter_mut().find(|s| s.name == name && s.deleted.is_none()) {
             s.deleted = Some(deleted);
         }
     }
-    /// The snapshots of now.
-    pub fn snapshots(&self) -> Vec<String> {
-        let there = self.snapshots.iter().filter(|s| s.deleted.is_none());
-        there.map(|s| s.name.clone()).collect()
+    /// The creation or deletion of a snapshot failed.
+    pub fn snapshot_unsure(&mut self, name: &str) {
+        self.snapshots.iter_mut().filter(|s| s.name == name).for_each(|s| s.unsure = true);
     }
     /// A snapshot's sectors.
     pub fn snapshot(&self, name: &str) -> Option<&[u32]> {
@@ -212,9 +230,9 @@ impl Allowed<'_> {
     pub fn bytes(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
         for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR)) {
             let versions = self.versions(sector);
-            let tag = tag_of(bytes, sector);
-            if tag.is_none_or(|tag| versions.iter().all(|v| v.tag != tag)) {
+            if versions.iter().rev().all(|v| v.bytes[..] != *bytes) {
                 let tags: Vec<_> = versions.iter().map(|v| v.tag).collect();
+                let tag = tag_of(bytes, sector);
                 let found = tag.map_or_else(|| describe(bytes), |t| format!("write {t}"));
                 return Err(format!("sector {sector} holds {found}, not one of {tags:?}"));
             }
@@ -226,9 +244,10 @@ impl Allowed<'_> {
     pub fn snapshots(&self, names: &[String]) -> Result<Vec<(String, &[u32])>, String> {
         let mut found = Vec::new();
         for s in &self.history.snapshots {
-            let must = s.certain.is_some_and(|at| at <= self.at)
+            let must = !s.unsure
+                && s.certain.is_some_and(|at| at <= self.at)
                 && s.deleted.is_none_or(|deleted| deleted >= self.at);
-            let may = s.created < self.at && s.gone.is_none_or(|gone| gone > self.at);
+            let may = s.created < self.at && (s.unsure || s.gone.is_none_or(|gone| gone > self.at));
             match names.contains(&s.name) {
                 true if may => found.push((s.name.clone(), &s.tags[..])),
                 false if must => return Err(format!("snapshot {} is lost", s.name)),

@@ -1,10 +1,12 @@
 //! No data is lost: by power cuts at any point, errors at any call, requests given up at any
 //! step; and what random requests leave is what a model says.
 //!
-//! `RINGBACK_TEST_EFFORT=10 cargo test -p ringback-blktap --test crash` does ten times as much.
+//! `RINGBACK_TEST_EFFORT=10 cargo test -p ringback-blktap --test crash` does ten times as much,
+//! `RINGBACK_TEST_CASE=vhd` only what is about VHD.
 mod case;
 mod cases;
 mod direct;
+mod failing;
 mod history;
 #[path = "../../examples/own_format.rs"]
 #[allow(dead_code, unreachable_pub, clippy::print_stdout)]

@@ -98,6 +98,26 @@ pub fn cut_all(case: &dyn Case, recording: &Recording, history: &History, plan: 
     }
 }
 
+/// Cuts a recording at its end alone.
+pub fn cut_last(case: &dyn Case, recording: &Recording, history: &History, plan: Plan) -> Tally {
+    let (mut tally, mut random) = (Tally::default(), Random(plan.seed));
+    let mut cuts = recording.cuts();
+    while cuts.step() {}
+    let allowed = history.cut(cuts.position());
+    let mut seen = HashSet::new();
+    for choice in cuts.choices(plan.effort, plan.seed) {
+        tally.cuts += 1;
+        if seen.insert(cuts.fingerprint(&choice)) {
+            tally.distinct += 1;
+            let looked = look(case, cuts.state(&choice), allowed, plan, &mut random, &mut tally);
+            if let Err(why) = looked {
+                tally.loses(format!("{}: {why}", case.name()));
+            }
+        }
+    }
+    tally
+}
+
 /// Looks at one state.
 fn look(
     case: &dyn Case,
@@ -120,9 +140,11 @@ fn look(
     }
     if plan.used > 0 && random.one_in(plan.used) {
         usable(case, &state, random)?;
-        mended(case, &state, allowed)?;
+        if case.mends() {
+            mended(case, &state, allowed)?;
+        }
     }
-    if plan.again > 0 && random.one_in(plan.again) {
+    if plan.again > 0 && case.mends() && random.one_in(plan.again) {
         again(case, &state, allowed, plan, tally)?;
     }
     Ok(())
@@ -149,7 +171,8 @@ fn readable(
     allowed.size(size)?;
     let bytes = driver.read(0..size).map_err(|e| format!("read: {e}"))?;
     allowed.bytes(0, &bytes)?;
-    driver.image.snapshots().map_err(|e| format!("list the snapshots: {e}"))
+    drop(driver);
+    case.snapshots(files).map_err(|e| format!("list the snapshots: {e}"))
 }
 
 /// A snapshot, applied to a copy, reads as the disk did.
@@ -162,9 +185,12 @@ fn snapshot_whole(
     let journal = Journal::new(state.to_vec());
     let files = journal.storages();
     let failed = |e| format!("snapshot {name}: {e}");
+    case.special(&files, &Special::Apply(name.to_owned())).map_err(failed)?;
     let image = case.open(&files).map_err(failed)?;
-    image.special(&Special::Apply(name.to_owned())).map_err(failed)?;
     let driver = Driver::new(image, Way::Direct).map_err(failed)?;
+    if driver.size() != tags.len() as u64 {
+        return Err(format!("snapshot {name}: {} sectors, not {}", driver.size(), tags.len()));
+    }
     let bytes = driver.read(0..tags.len() as u64).map_err(failed)?;
     for ((sector, bytes), tag) in (0..).zip(bytes.chunks_exact(SECTOR)).zip(tags) {
         if bytes != bytes_of(*tag, sector..sector + 1) {
@@ -212,7 +238,7 @@ fn mended(case: &dyn Case, state: &[SparseBytes], allowed: Allowed<'_>) -> Resul
     let files = journal.storages();
     case.check(&files, Mend::All).map_err(|e| format!("mend: {e}"))?;
     let health = case.check(&files, Mend::Nothing).map_err(|e| format!("mended: {e}"))?;
-    if health != Health::default() {
+    if health.corruptions + health.leaks > 0 {
         return Err(format!("mended: {health:?}"));
     }
     let names = readable(case, &files, allowed).map_err(|e| format!("mended: {e}"))?;

@@ -1,4 +1,5 @@
 //! QCOW2 against QEMU's own tools and a model.
 mod matrix;
-#[allow(dead_code)]
+mod packed;
 mod qemu;
+mod queues;

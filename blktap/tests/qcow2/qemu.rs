@@ -1,5 +1,5 @@
 //! QEMU's tools on images in a folder of its own.
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 pub struct Folder(tempfile::TempDir);
@@ -80,8 +80,4 @@ pub fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
     if let Some(at) = (0..ours.len()).find(|i| ours[*i] != theirs[*i]) {
         panic!("{what}: differs first at {at:#x}: {:#x}, {:#x}", ours[at], theirs[at]);
     }
-}
-
-pub fn name(path: &Path) -> &str {
-    path.to_str().expect("a name")
 }

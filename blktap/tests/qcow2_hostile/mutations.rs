@@ -247,12 +247,13 @@ fn tangled_tables_and_files_that_were_cut() {
     }
 }
 
-/// The verdicts of the model itself are no free pass: what QEMU refuses to open, it refuses.
+/// The verdicts of the model are no free pass: it accepts nothing that QEMU refuses. (QEMU reads
+/// the snapshot table as well when it opens an image.)
 #[test]
 fn the_model_agrees_with_qemu_on_headers() {
     let mut agreed = 0;
     for good in GOOD.iter().take(2) {
-        for (name, at, len, values) in HEADER.iter().filter(|h| h.1 < 72) {
+        for (name, at, len, values) in HEADER.iter().filter(|h| h.1 < 60) {
             for value in *values {
                 let mut bytes = good.bytes.clone();
                 put(&mut bytes, *at, *len, *value);

@@ -76,8 +76,9 @@ impl Driver {
             Place::Data { file, offset } => {
                 let file = &format.files()[usize::from(file)];
                 let end = offset + into.len() as u64;
-                // The engine reports reads past the end of a file as errors.
-                assert!(end <= file.size().expect("a size"), "data past the end of the file");
+                // What QEMU writes as QCOW may end in a part of a cluster.
+                let is_whole = format.name() == "qcow" || end <= file.size().expect("a size");
+                assert!(is_whole, "data past the end of the file");
                 file.read_at(offset, into).map_err(ImageError::io("read"))?;
             }
             Place::Compressed { cluster, skip } => {

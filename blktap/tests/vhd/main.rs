@@ -2,14 +2,17 @@
 //! (Debian's qemu-utils).
 mod chains;
 mod driver;
+mod hostile;
+mod model;
 mod qemu;
+mod repair;
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use blktap::formats::vhd::{CreateOptions, Shape, Vhd};
-use blktap::storage::{Access, Cache, OpenOptions, Storage, open};
+use blktap::storage::{Access, Cache, Lock, OpenOptions, Storage, open};
 
 use driver::Driver;
 
@@ -33,7 +36,7 @@ fn qemu(program: &str, args: &[&str]) -> String {
 }
 
 fn storage(path: &Path, access: Access) -> Arc<dyn Storage> {
-    let options = OpenOptions::new(path).cache(Cache::Writeback).access(access);
+    let options = OpenOptions::new(path).cache(Cache::Writeback).access(access).lock(Lock::Off);
     Arc::new(open(&options).unwrap_or_else(|e| panic!("{e}")))
 }
 

@@ -50,6 +50,17 @@ pub fn of(pid: &str) -> io::Result<Usage> {
     Ok(sum)
 }
 
+/// Processor time in ns of the process `pid` since it began, with that of threads that have
+/// ended, to a tick (10 ms).
+pub fn whole(pid: &str) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // proc(5): the name, in brackets, may hold anything; utime and stime are 12 and 13 after it.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    let sum: u64 = ticks.filter_map(|n| n.parse::<u64>().ok()).sum();
+    Ok(sum * (1_000_000_000 / rustix::param::clock_ticks_per_second()))
+}
+
 fn line(status: &str, name: &str) -> u64 {
     let found = status.lines().find_map(|l| l.strip_prefix(name));
     found.and_then(|n| n.trim().parse().ok()).unwrap_or(0)

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blktap::Disk as _;
 use blktap::image::{BackingPolicy, ImageFormat};
 use blktap::storage::{self, Access, Cache, FileStorage, Lock, OpenOptions, Sharing};
 use serde_json::json;
@@ -44,6 +43,11 @@ pub struct Made {
 }
 
 impl Made {
+    /// Its file.
+    pub fn storage(&self) -> Option<Arc<FileStorage>> {
+        self.storage.clone()
+    }
+
     /// It is not finished: removed if this process has made it; what to tell is returned.
     pub fn give_up(mut self) -> String {
         self.storage = None;
@@ -72,7 +76,7 @@ pub fn failed(made: Made, error: Box<dyn std::error::Error>) -> Box<dyn std::err
 }
 
 /// Opens the file of a new image, which is made if it is not there.
-fn open_new(path: &Path, cache: Cache) -> Result<Made> {
+pub fn open_new(path: &Path, cache: Cache) -> Result<Made> {
     let was_there = match File::create_new(path) {
         Ok(_) => false,
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => true,
@@ -98,7 +102,7 @@ pub fn make(mut new: NewImage<'_>, work: &mut Work) -> Result<Made> {
     let plan = formats::plan(&mut new)?;
     new.options.finish(new.format.name())?;
     let made = open_new(new.path, new.cache)?;
-    let Some(storage) = made.storage.clone() else { return Ok(made) };
+    let Some(storage) = made.storage() else { return Ok(made) };
     match plan.carry_out(&storage, work) {
         Ok(()) => {
             drop(storage);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{self, Access, Cache, FileStorage, Lock, OpenOptions, Sharing};
-use blktap::{Disk, ImageDisk};
+use blktap::{Disk, ImageDisk, NbdDisk, NbdOptions, NbdTarget};
 
 use super::{Result, Usage, about};
 use crate::cli::disk::{Backing, CacheMode};
@@ -99,7 +99,7 @@ impl<'a> Opening<'a> {
     /// The file below the image.
     pub fn storage(&self) -> Result<Arc<FileStorage>> {
         if is_nbd(self.file) {
-            return Err(format!("{}: this needs an image file", self.file).into());
+            return Err(needs_file(self.file));
         }
         Ok(Arc::new(storage::open(&self.file_options())?))
     }
@@ -108,6 +108,9 @@ impl<'a> Opening<'a> {
     pub fn format(&self) -> Result<ImageFormat> {
         if let Some(name) = self.format {
             return parse_format(name);
+        }
+        if is_nbd(self.file) {
+            return Ok(ImageFormat::Raw);
         }
         let look = self.file_options().access(Access::ReadOnly).cache(Cache::Writeback);
         let file = storage::open(&look.lock(Lock::Off))?;
@@ -128,15 +131,36 @@ impl<'a> Opening<'a> {
 
     /// The image as a disk.
     pub fn image(&self) -> Result<(Arc<ImageDisk>, ImageFormat)> {
+        if is_nbd(self.file) {
+            return Err(needs_file(self.file));
+        }
         let format = self.format()?;
         Ok((image::open_image(&self.image_options(format))?, format))
     }
 
-    /// The disk, which may be no file.
+    fn open_export(&self) -> Result<Opened> {
+        if self.format()? != ImageFormat::Raw {
+            let text = format!("{}: what a server exports is taken as raw", self.file);
+            return Err(Usage(text).into());
+        }
+        let options = NbdOptions::new(NbdTarget::parse(self.file)?);
+        let disk = NbdDisk::open(NbdOptions { access: self.access, ..options });
+        let disk = disk.map_err(about(self.file))?;
+        Ok(Opened { disk, image: None, format: ImageFormat::Raw })
+    }
+
+    /// The disk, which may be a server's export.
     pub fn open(&self) -> Result<Opened> {
+        if is_nbd(self.file) {
+            return self.open_export();
+        }
         let (image, format) = self.image()?;
         Ok(Opened { disk: Arc::clone(&image) as Arc<dyn Disk>, image: Some(image), format })
     }
+}
+
+fn needs_file(file: &str) -> Box<dyn std::error::Error> {
+    Usage(format!("{file}: this needs an image file, not a server's export")).into()
 }
 
 /// A format by its name.
@@ -154,7 +178,7 @@ pub fn cache(mode: CacheMode) -> Cache {
 
 /// Whether the name is a server's export.
 pub fn is_nbd(file: &str) -> bool {
-    ["nbd:", "nbd+unix:", "nbds:", "nbds+unix:"].iter().any(|p| file.starts_with(p))
+    NbdTarget::is_meant(file)
 }
 
 /// Where an image's backing file is, by the name in its header.

@@ -1,5 +1,7 @@
 //! What the two sides of `ringback run` tell each other.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// Bytes of the unit that is stamped.
@@ -66,6 +68,8 @@ impl DiskPlan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestPlan {
     pub disks: Vec<DiskPlan>,
+    /// Serve them at this socket instead of working on them.
+    pub nbd: Option<PathBuf>,
 }
 
 /// What one queue has done.
@@ -132,6 +136,8 @@ impl DiskReport {
 pub enum Line {
     /// Bytes moved so far.
     Progress(u64),
+    /// The disks are served by NBD.
+    Serving,
     /// The end.
     Report(Vec<DiskReport>),
 }

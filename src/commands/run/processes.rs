@@ -141,6 +141,15 @@ impl Processes {
         Ok(())
     }
 
+    /// Asks the guest to end by itself.
+    pub fn stop_guest(&mut self) -> Result<()> {
+        use rustix::process::{Pid, Signal, kill_process};
+        if let Some(pid) = self.guest.as_ref().and_then(|guest| Pid::from_raw(guest.id() as i32)) {
+            kill_process(pid, Signal::TERM)?;
+        }
+        Ok(())
+    }
+
     /// Waits for the guest's next line. Fails when a process has ended that should not have.
     pub fn next_line(&mut self) -> Result<Said> {
         let lines = self.lines.clone().ok_or("there is no guest")?;

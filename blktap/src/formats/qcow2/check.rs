@@ -9,6 +9,7 @@ mod counts;
 mod entries;
 mod image;
 mod rebuild;
+pub(super) mod references;
 mod repair;
 mod report;
 mod snapshots;

@@ -53,7 +53,7 @@ impl Qcow2 {
         self.l1_entry(u64::from(number) << self.slice_guest_bits())
     }
 
-    fn load_slice(&self, number: u32) -> Result<(), ImageError> {
+    pub(super) fn load_slice(&self, number: u32) -> Result<(), ImageError> {
         let _one = self.cache.loader(number);
         if self.cache.get(number).is_some() {
             return Ok(());

@@ -76,20 +76,30 @@ impl<'a> Offline<'a> {
 
     /// One user more of a cluster that is in use.
     pub fn take(&mut self, cluster: u64) -> Result<(), ImageError> {
-        let count = self.refcount(cluster)?;
-        if count == 0 {
-            return Err(unused(cluster));
+        self.add_users(cluster, 1)
+    }
+
+    /// So many users more of a cluster that is in use.
+    pub fn add_users(&mut self, cluster: u64, users: u64) -> Result<(), ImageError> {
+        match self.refcount(cluster)? {
+            0 => Err(unused(cluster)),
+            count => self.set_refcount(cluster, count.saturating_add(users)),
         }
-        self.set_refcount(cluster, count + 1)
     }
 
     /// One user less of a cluster.
     pub fn drop_one(&mut self, cluster: u64) -> Result<(), ImageError> {
-        let count = self.refcount(cluster)?.checked_sub(1).ok_or_else(|| unused(cluster))?;
-        if count == 0 {
+        self.drop_users(cluster, 1).map(|_| ())
+    }
+
+    /// So many users less of a cluster. Gives how many are left.
+    pub fn drop_users(&mut self, cluster: u64, users: u64) -> Result<u64, ImageError> {
+        let left = self.refcount(cluster)?.checked_sub(users).ok_or_else(|| unused(cluster))?;
+        if left == 0 {
             self.first_free = self.first_free.min(cluster);
         }
-        self.set_refcount(cluster, count)
+        self.set_refcount(cluster, left)?;
+        Ok(left)
     }
 
     /// One user less of all clusters that `len` bytes from `offset` on lie in.

@@ -200,7 +200,12 @@ impl Qcow2 {
     }
 
     /// What an entry named that its successor does not.
-    fn dropped(&self, old: (u64, u64), new: (u64, u64), action: &Action) -> Option<Freed> {
+    pub(super) fn dropped(
+        &self,
+        old: (u64, u64),
+        new: (u64, u64),
+        action: &Action,
+    ) -> Option<Freed> {
         let bits = self.layout.cluster_bits;
         let bytes = match action {
             Action::Discard { .. } => Bytes::Punch,

@@ -216,7 +216,13 @@ impl Refcounts {
         }
         self.table[index] = offset;
         self.unnamed.insert(index);
-        self.change(first, 1)?;
+        if let Err(e) = self.change(first, 1) {
+            // A block that does not count itself must not be used.
+            self.table[index] = 0;
+            self.unnamed.remove(&index);
+            map.remove(first..first + 1);
+            return Err(e);
+        }
         Ok(())
     }
 

@@ -69,6 +69,19 @@ pub fn resize(
     bitmaps::resize(&mut offline, suspended)
 }
 
+/// Drops all that the image has of its own, so that it reads as its backing file, or as zeroes.
+/// Snapshots and bitmaps stay. An interruption leaves a part of it dropped: what it had was
+/// written into the backing file before.
+pub fn empty(storage: &dyn Storage) -> Result<(), ImageError> {
+    let mut offline = Offline::open(storage)?;
+    if offline.header().has_raw_data() {
+        let text = "a raw data file holds the disk itself: it cannot be emptied";
+        return Err(ImageError::Invalid(text.to_owned()));
+    }
+    mappings::drop_behind(&mut offline, 0)?;
+    mappings::cut(&mut offline)
+}
+
 /// Where the size is in the header; the size of the L1 table and its place follow.
 const SIZE: u64 = 24;
 

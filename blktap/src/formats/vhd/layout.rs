@@ -32,12 +32,14 @@ pub(super) struct Survey {
     pub faults: Vec<String>,
     /// Faults altogether.
     pub fault_count: u64,
+    /// Of these, parts that overlap.
+    pub overlaps: u64,
+    /// Where the last part that is no block ends.
+    pub metadata_end: u64,
     /// Stretches between the parts.
     pub gaps: Vec<Range<u64>>,
     /// Where the last part ends.
     pub end: u64,
-    /// Blocks in use.
-    pub blocks: u64,
 }
 
 impl Survey {
@@ -81,7 +83,7 @@ pub(super) fn survey(
     let used = table.iter().enumerate().filter(|(_, at)| **at != UNUSED);
     let mut parts: Vec<(u64, Owner)> =
         used.map(|(n, at)| (u64::from(*at) * 512, Owner::Block(n as u32))).collect();
-    survey.blocks = parts.len() as u64;
+    survey.metadata_end = metadata.iter().map(|(r, _)| r.end).max().unwrap_or(0);
     parts.extend(metadata.iter().map(|(r, name)| (r.start, Owner::Metadata(name))));
     parts.sort_unstable();
     let mut last = Owner::Metadata("the footer's copy");
@@ -93,10 +95,15 @@ pub(super) fn survey(
                 metadata.iter().find(same).map_or(start, |(r, _)| r.end)
             }
         };
+        if start >= file_size {
+            survey.fault(|| format!("{owner} lies behind the end of the file"));
+            continue;
+        }
         if end > file_size {
             survey.fault(|| format!("{owner} reaches beyond the end of the file"));
         }
         if start < survey.end {
+            survey.overlaps += 1;
             survey.fault(|| format!("{owner} overlaps {last}"));
         } else if start > survey.end {
             survey.gaps.push(survey.end..start);

@@ -1,4 +1,5 @@
 //! Opening an image: what is believed of what it says.
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -48,12 +49,16 @@ impl Sparse {
         self.header.bitmap_bytes() + u64::from(self.header.block_size.get())
     }
 
-    pub fn survey(&self) -> Survey {
+    /// The stretches of the file that are no blocks.
+    pub fn metadata(&self) -> Vec<(Range<u64>, &'static str)> {
         let batmap = self.batmap.as_ref().map(Batmap::extents);
         let batmap = batmap.as_ref().map_or(&[][..], |b| &b[..]);
-        let metadata = layout::metadata(&self.footer, &self.header, batmap);
+        layout::metadata(&self.footer, &self.header, batmap)
+    }
+
+    pub fn survey(&self) -> Survey {
         let file_size = self.footers.file_size;
-        layout::survey(&metadata, &self.entries, self.block_bytes(), file_size)
+        layout::survey(&self.metadata(), &self.entries, self.block_bytes(), file_size)
     }
 
     /// Blocks of the disk; the table may have room for more.
@@ -68,7 +73,7 @@ impl Sparse {
     }
 
     /// What keeps an image from being used at all.
-    fn check(&self) -> Result<(), ImageError> {
+    pub fn check(&self) -> Result<(), ImageError> {
         let block_bytes = self.block_bytes();
         let inside = |at: &u32| {
             *at == UNUSED || u64::from(*at) * 512 + block_bytes <= self.footers.file_size
@@ -91,7 +96,7 @@ pub(super) fn growth(storage: &dyn Storage) -> Growth {
 }
 
 /// An image whose disk is the file without its end.
-fn check_fixed(footers: &Footers, size: u64) -> Result<(), ImageError> {
+pub(super) fn check_fixed(footers: &Footers, size: u64) -> Result<(), ImageError> {
     if size > footers.tail_at() {
         let have = footers.tail_at();
         let what = format!("the disk has {size} bytes and the file {have}: it is cut off");
@@ -136,7 +141,7 @@ impl Vhd {
 
 impl Table {
     fn new(
-        sparse: Sparse,
+        mut sparse: Sparse,
         storage: &dyn Storage,
         kind: Kind,
         size: u64,
@@ -144,7 +149,7 @@ impl Table {
         let blocks = sparse.blocks(size)?;
         let space = match storage.access() {
             Access::ReadOnly => Space::new(Growth::Device, Survey::default(), 0, 0),
-            Access::ReadWrite => writable(&sparse, storage)?,
+            Access::ReadWrite => writable(&mut sparse, storage)?,
         };
         let full = |block: usize| sparse.batmap.as_ref().is_some_and(|b| b.is_full(block as u32));
         let word = |(block, at): (usize, &u32)| {
@@ -167,7 +172,7 @@ impl Table {
 }
 
 /// Makes sure that an image can be written to: nothing overlaps, and the footer is at its end.
-fn writable(sparse: &Sparse, storage: &dyn Storage) -> Result<Space, ImageError> {
+pub(super) fn writable(sparse: &mut Sparse, storage: &dyn Storage) -> Result<Space, ImageError> {
     let survey = sparse.survey();
     if let Some(fault) = survey.faults.first() {
         let more = survey.fault_count - 1;
@@ -191,6 +196,15 @@ fn writable(sparse: &Sparse, storage: &dyn Storage) -> Result<Space, ImageError>
     }
     if at < survey.end {
         return Err(ImageError::Corrupt("the footer overlaps what is before it".into()));
+    }
+    // A block that is allocated later is not full because one was before: the first flush makes
+    // this durable before it names any.
+    let unused = |(block, at): (usize, &u32)| (*at == UNUSED).then_some((block as u32, false));
+    let unused = sparse.entries.iter().enumerate().filter_map(unused);
+    if let Some(batmap) = sparse.batmap.as_mut().filter(|b| !b.damaged)
+        && batmap.update(unused)
+    {
+        batmap.write(storage)?;
     }
     Ok(Space::new(growth, survey, at, sparse.block_bytes()))
 }

@@ -48,7 +48,9 @@ impl Space {
         if growth == Growth::File && footer_at > survey.end {
             gaps.push(survey.end..footer_at);
         }
-        gaps.retain(|gap| gap.end - gap.start >= block_bytes);
+        // Others look for blocks only behind all metadata.
+        let behind = |gap: &Range<u64>| gap.start >= survey.metadata_end;
+        gaps.retain(|gap| behind(gap) && gap.end - gap.start >= block_bytes);
         let end = match growth {
             Growth::File => footer_at,
             Growth::Device => survey.end,
@@ -93,6 +95,26 @@ impl Space {
         None
     }
 
+    /// Where the footer is.
+    pub fn footer_at(&self) -> u64 {
+        self.footer_at
+    }
+
+    /// Has blocks go behind `end` only. Gives whether that moves the footer, which is then to be
+    /// written.
+    pub fn only_behind(&mut self, end: u64) -> Result<bool, ImageError> {
+        self.gaps.retain(|gap| gap.start >= end);
+        self.end = self.end.max(end);
+        if self.footer_at >= end {
+            return Ok(false);
+        }
+        if self.growth == Growth::Device {
+            return Err(ImageError::NoSpace("the device is full".into()));
+        }
+        self.footer_at = end;
+        Ok(true)
+    }
+
     /// A place for a block, zeroed up to where the file ended. On a file the footer is behind it
     /// before this returns: whatever a crash leaves, no data of a guest are the file's last.
     pub fn take(
@@ -101,7 +123,7 @@ impl Space {
         footer: &Footer,
         bitmap_bytes: u64,
         shift: u32,
-    ) -> Result<u64, ImageError> {
+    ) -> Result<Place, ImageError> {
         let block_bytes = bitmap_bytes + (1 << shift);
         if let Some(start) = self.take_gap(bitmap_bytes, shift) {
             let range = start..start + block_bytes;
@@ -109,7 +131,7 @@ impl Space {
                 self.gaps.push(range);
                 return Err(ImageError::io("clear a block")(e));
             }
-            return Ok(start);
+            return Ok(Place { start, pad: 0 });
         }
         let start = aligned(self.end, bitmap_bytes, shift).unwrap_or(u64::MAX);
         if start / 512 >= u64::from(UNUSED) {
@@ -129,9 +151,17 @@ impl Space {
                 self.footer_at = end;
             }
         }
+        let pad = if self.growth == Growth::File { start - self.end } else { 0 };
         self.end = end;
-        Ok(start)
+        Ok(Place { start, pad })
     }
+}
+
+/// Where a block goes.
+pub(super) struct Place {
+    pub start: u64,
+    /// Bytes before it that nobody uses, in which the footer was.
+    pub pad: u64,
 }
 
 /// Writes the footer at the end of the file.
@@ -157,11 +187,12 @@ impl Table {
             return Ok(());
         }
         space.give_back(storage, leases, self.block_bytes());
-        let start = space.take(storage, footer, self.bitmap_bytes, self.shift)?;
+        let Place { start, pad } = space.take(storage, footer, self.bitmap_bytes, self.shift)?;
         // All set: what QEMU makes of it too, and the data are zeroes.
         let fill = if self.kind == Kind::Differencing { 0 } else { 0xff };
-        let bitmap = vec![fill; self.bitmap_bytes as usize];
-        if let Err(e) = storage.write_at(start, &bitmap) {
+        let mut bitmap = vec![0; pad as usize];
+        bitmap.resize((pad + self.bitmap_bytes) as usize, fill);
+        if let Err(e) = storage.write_at(start - pad, &bitmap) {
             space.gaps.push(start..start + self.block_bytes());
             return Err(ImageError::io("write a block's bitmap")(e));
         }

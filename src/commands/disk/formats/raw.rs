@@ -5,6 +5,9 @@ use std::sync::Arc;
 use blktap::storage::{FileStorage, Storage};
 
 use super::super::create::NewImage;
+use super::super::measure::Measured;
+use super::super::options::Options;
+use super::super::resize::Wanted;
 use super::super::work::Work;
 use super::super::{Result, Usage, about};
 use crate::cli::disk::Preallocation;
@@ -84,4 +87,27 @@ pub fn allocate(
         work.go_on(at - range.start, range.end - range.start)?;
     }
     Ok(())
+}
+
+pub fn resize(storage: &Arc<FileStorage>, wanted: &Wanted, work: &mut Work) -> Result<()> {
+    let name = storage.name();
+    if wanted.preallocation == Preallocation::Metadata {
+        return Err(no_metadata());
+    }
+    storage.set_size(wanted.new).map_err(about(&name))?;
+    if wanted.new > wanted.old
+        && let Err(e) = allocate(storage, wanted.old..wanted.new, wanted.preallocation, work)
+    {
+        // As it was.
+        storage.set_size(wanted.old).map_err(about(&name))?;
+        return Err(format!("{e}; its size is {} bytes as before", wanted.old).into());
+    }
+    storage.sync().map_err(about(&name))
+}
+
+/// What is not written takes room in the file's size as well.
+pub fn measure(size: u64, options: &mut Options) -> Result<Measured> {
+    options.choice("preallocation", &WAYS)?;
+    let size = size.checked_next_multiple_of(512).ok_or_else(|| Usage("too large".into()))?;
+    Ok(Measured { required: size, fully_allocated: size, bitmaps: None })
 }

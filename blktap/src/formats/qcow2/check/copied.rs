@@ -32,22 +32,28 @@ struct Flags<'a> {
 /// Judges, or mends, the entries of the disk's own tables.
 pub(super) fn flags(image: &Image<'_>, mend: Mend, sight: &mut Sight) -> Result<(), ImageError> {
     let header = image.header;
-    let mut l1 = L1Tables::new();
     let active = L1 { offset: header.l1_offset, entries: u64::from(header.l1_size) };
-    l1.insert(active, Uses { active: 1, all: 1 });
+    flags_of(image, active, mend, sight)
+}
+
+/// The same with the tables of another L1 table.
+pub(super) fn flags_of(
+    image: &Image<'_>,
+    l1: L1,
+    mend: Mend,
+    sight: &mut Sight,
+) -> Result<(), ImageError> {
+    let mut tables = L1Tables::new();
+    tables.insert(l1, Uses { active: 1, all: 1 });
     image.next_pass();
     let refcounts = Refcounts::new(image);
     let mut flags = Flags { image, refcounts, mend, sight, wrong_l1: Vec::new(), error: None };
-    tables::visit(image, &l1, &mut flags)?;
+    tables::visit(image, &tables, &mut flags)?;
     match flags.error {
         Some(e) => return Err(e),
         None if mend == Mend::Copied => {
             for (index, raw) in flags.wrong_l1 {
-                image.write(
-                    header.l1_offset + index * 8,
-                    &raw.to_be_bytes(),
-                    "write the L1 table",
-                )?;
+                image.write(l1.offset + index * 8, &raw.to_be_bytes(), "write the L1 table")?;
             }
         }
         None => {}

@@ -1,0 +1,3 @@
+//! Ways to give a disk to those who have no Xen.
+
+pub mod nbd;

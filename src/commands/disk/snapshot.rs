@@ -1,0 +1,149 @@
+//! `ringback disk snapshot`.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::open::Opening;
+use super::work::Work;
+use super::{Result, Usage, document, formats, sizes};
+use crate::cli::disk::{Named, Snapshot};
+
+/// A snapshot inside an image.
+pub struct SnapshotInfo {
+    pub id: String,
+    pub name: String,
+    /// Bytes of a guest's memory that were saved with it.
+    pub vm_state_size: u64,
+    /// Seconds since 1970, and nanoseconds.
+    pub date: (u64, u32),
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock: u64,
+    pub icount: Option<u64>,
+}
+
+/// What is done with one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    Create,
+    Apply,
+    Delete,
+}
+
+/// `ringback disk snapshot`.
+pub fn run(what: &Snapshot) -> Result {
+    let (act, named) = match what {
+        Snapshot::List(list) => {
+            let opening = Opening::to_read(&list.file, list.format.as_deref(), &Default::default());
+            let opening = opening.force_share(list.force_share).alone();
+            let format = opening.format()?;
+            let snapshots = formats::details(&opening, format)?.snapshots;
+            if list.output.json {
+                let all: Vec<Value> = snapshots.iter().map(value).collect();
+                document(json!({"filename": list.file, "snapshots": all}));
+            } else if !snapshots.is_empty() {
+                println!("Snapshot list:");
+                table(&snapshots).iter().for_each(|line| println!("{line}"));
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        Snapshot::Create(named) => (Act::Create, named),
+        Snapshot::Apply(named) => (Act::Apply, named),
+        Snapshot::Delete(named) => (Act::Delete, named),
+    };
+    change(act, named)
+}
+
+fn change(act: Act, named: &Named) -> Result {
+    let opening = Opening::to_write(&named.file, named.format.as_deref(), &named.allow);
+    if named.name.is_empty() {
+        return Err(Usage("a snapshot needs a name".into()).into());
+    }
+    let format = opening.format()?;
+    // From here on a signal waits for the end, which is not far.
+    let _work = Work::new(false)?;
+    formats::snapshot(&opening, format, act, &named.name)?;
+    if named.output.json {
+        document(json!({"filename": named.file, "name": named.name}));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// With qemu-img's keys.
+pub fn value(snapshot: &SnapshotInfo) -> Value {
+    let mut value = json!({
+        "id": snapshot.id, "name": snapshot.name, "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.date.0, "date-nsec": snapshot.date.1,
+        "vm-clock-sec": snapshot.vm_clock / 1_000_000_000,
+        "vm-clock-nsec": snapshot.vm_clock % 1_000_000_000,
+    });
+    if let Some(icount) = snapshot.icount {
+        value["icount"] = icount.into();
+    }
+    value
+}
+
+/// A heading and a line for each. Times are UTC.
+pub fn table(snapshots: &[SnapshotInfo]) -> Vec<String> {
+    let head = format!(
+        "{:<9} {:<16} {:>8} {:>20} {:>13} {:>10}",
+        "ID", "TAG", "VM SIZE", "DATE (UTC)", "VM CLOCK", "ICOUNT"
+    );
+    let line = |s: &SnapshotInfo| {
+        let size = sizes::words(s.vm_state_size);
+        let seconds = s.vm_clock / 1_000_000_000;
+        let clock = format!(
+            "{:02}:{:02}:{:02}.{:03}",
+            seconds / 3600,
+            seconds / 60 % 60,
+            seconds % 60,
+            s.vm_clock / 1_000_000 % 1000
+        );
+        let icount = s.icount.map(|n| n.to_string()).unwrap_or_default();
+        let date = date(s.date.0);
+        format!("{:<9} {:<16} {size:>8} {date:>20} {clock:>13} {icount:>10}", s.id, s.name)
+    };
+    std::iter::once(head).chain(snapshots.iter().map(line)).collect()
+}
+
+/// A moment since 1970 in UTC.
+fn date(seconds: u64) -> String {
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
+    let (mut days, second) = (seconds / 86_400, seconds % 86_400);
+    // Whole cycles of the calendar first, so that no image makes this long.
+    let mut year = 1970 + days / 146_097 * 400;
+    days %= 146_097;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let months = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 1;
+    for length in months {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (h, m, s) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{:02} {h:02}:{m:02}:{s:02}", days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_700_000_000, "2023-11-14 22:13:20"),
+            (4_102_444_799, "2099-12-31 23:59:59"),
+        ] {
+            assert_eq!(date(seconds), text);
+        }
+        assert!(date(u64::MAX).len() > 19);
+    }
+}

@@ -1,0 +1,90 @@
+//! `ringback export`: images for those who have no Xen.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use blktap::export::nbd::{Export, Limits, Server, proto, tls};
+use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::storage::{Access, Cache, OpenOptions};
+use blktap::{Disk, NullDisk};
+use crossbeam::channel::Receiver;
+
+use super::Result;
+use crate::cli::{CacheMode, ExportNbd};
+use crate::signals;
+
+impl From<CacheMode> for Cache {
+    fn from(mode: CacheMode) -> Cache {
+        match mode {
+            CacheMode::None => Cache::None,
+            CacheMode::Writeback => Cache::Writeback,
+            CacheMode::Unsafe => Cache::Unsafe,
+        }
+    }
+}
+
+/// The images under their names.
+fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
+    let mut all = Vec::new();
+    if let Some(size) = options.null_disk {
+        all.push(Export::new(&options.name, NullDisk::new(size) as Arc<dyn Disk>));
+    }
+    if let Some(image) = &options.image {
+        let path = image.to_str().ok_or("the image's path is not UTF-8")?;
+        let mut export = Export::new(&options.name, open(&options.format, path, options)?);
+        export.description = options.description.clone();
+        all.push(export);
+    }
+    for text in &options.export {
+        let (name, target) = text
+            .split_once('=')
+            .ok_or_else(|| format!("--export {text}: write NAME=FORMAT:PATH"))?;
+        let (format, path) = match target.split_once(':') {
+            Some((format, path)) if !format.contains('/') => (format, path),
+            _ => ("raw", target),
+        };
+        all.push(Export::new(name, open(format, path, options)?));
+    }
+    Ok(all)
+}
+
+fn open(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Disk>> {
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let file = OpenOptions::new(path).access(access).cache(options.cache.into());
+    let backing = BackingPolicy::Allow(options.allow_backing.clone());
+    let image = ImageOptions::new(format.parse()?, file).backing(backing);
+    Ok(image::open(&image)?)
+}
+
+/// A descriptor that becomes readable at the first signal.
+pub fn stop_descriptor(stop: Receiver<()>) -> io::Result<OwnedFd> {
+    let (ended, end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    std::thread::Builder::new().name("stop".into()).spawn(move || {
+        // A message or the end of the signals' thread: either way it is over.
+        let _ = stop.recv();
+        drop(end);
+    })?;
+    Ok(ended)
+}
+
+/// `ringback export nbd`.
+pub fn nbd(options: &ExportNbd) -> Result {
+    let stop = stop_descriptor(signals::stop()?)?;
+    let tls = options.tls_creds.as_deref().map(tls::server).transpose()?;
+    let limits = Limits { connections: options.shared.into(), ..Limits::default() };
+    let mut server = Server::new(exports(options)?, tls, limits)?;
+    if let Some(path) = &options.socket {
+        server.listen_unix(path)?;
+        println!("listening at {}", path.display());
+    }
+    if options.socket.is_none() || options.bind.is_some() || options.port.is_some() {
+        let host = options.bind.as_deref().unwrap_or("localhost");
+        for address in server.listen_tcp(host, options.port.unwrap_or(proto::PORT))? {
+            println!("listening at {address}");
+        }
+    }
+    server.serve(stop.as_fd())?;
+    Ok(ExitCode::SUCCESS)
+}
