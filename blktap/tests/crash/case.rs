@@ -26,7 +26,7 @@ pub enum Mend {
     All,
 }
 
-/// What only some formats can, on an image with no request in flight.
+/// What only some formats can, on an image that nobody has open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Special {
     Snapshot(String),
@@ -36,28 +36,8 @@ pub enum Special {
     Resize(u64),
 }
 
-/// An open image.
-pub trait Image {
-    /// It and those it builds on.
-    fn layers(&self) -> Vec<Arc<dyn Format>>;
-    /// Carries out what only some formats can.
-    fn special(&self, special: &Special) -> Result<(), ImageError> {
-        Err(ImageError::Unsupported(format!("{special:?}")))
-    }
-    /// The names of its snapshots.
-    fn snapshots(&self) -> Result<Vec<String>, ImageError> {
-        Ok(Vec::new())
-    }
-}
-
-/// A format with nothing of its own.
-pub struct Plain(pub Vec<Arc<dyn Format>>);
-
-impl Image for Plain {
-    fn layers(&self) -> Vec<Arc<dyn Format>> {
-        self.0.clone()
-    }
-}
+/// An open image and those it builds on.
+pub type Layers = Vec<Arc<dyn Format>>;
 
 /// A kind of image.
 pub trait Case: Sync {
@@ -77,7 +57,17 @@ pub trait Case: Sync {
     /// Makes it, durable.
     fn create(&self, files: &[Arc<dyn Storage>]) -> Result<(), ImageError>;
     /// Opens it as a server would, mending what that mends.
-    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>, ImageError>;
+    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Layers, ImageError>;
+    /// Carries out what only some formats can, while nobody has it open; durable in the end.
+    fn special(&self, files: &[Arc<dyn Storage>], special: &Special) -> Result<(), ImageError> {
+        let _ = files;
+        Err(ImageError::Unsupported(format!("{special:?}")))
+    }
+    /// The names of its snapshots.
+    fn snapshots(&self, files: &[Arc<dyn Storage>]) -> Result<Vec<String>, ImageError> {
+        let _ = files;
+        Ok(Vec::new())
+    }
     /// Looks for what is wrong, while nobody has it open.
     fn check(&self, files: &[Arc<dyn Storage>], mend: Mend) -> Result<Health, ImageError> {
         let _ = (files, mend);
@@ -107,6 +97,8 @@ pub struct Specials {
     pub snapshots: bool,
     /// The most sectors to grow to.
     pub grow: Option<u64>,
+    /// Whether it may shrink.
+    pub shrinks: bool,
 }
 
 /// How requests reach an image.
@@ -119,11 +111,7 @@ pub enum Way {
 }
 
 /// An open image with a way to use it.
-pub struct Driver {
-    /// Before `image`: the image's last user closes it.
-    way: Used,
-    pub image: Box<dyn Image>,
-}
+pub struct Driver(Used);
 
 enum Used {
     Direct(Direct),
@@ -135,20 +123,20 @@ fn stop(e: std::io::Error) -> Stop {
 }
 
 impl Driver {
-    pub fn new(image: Box<dyn Image>, way: Way) -> Result<Self, ImageError> {
+    pub fn new(layers: Layers, way: Way) -> Result<Self, ImageError> {
         let way = match way {
-            Way::Direct => Used::Direct(Direct::new(image.layers())),
+            Way::Direct => Used::Direct(Direct::new(layers)),
             Way::Disk => {
-                let disk = ImageDisk::new(image.layers(), 512, Blocking::Inline)?;
+                let disk = ImageDisk::new(layers, 512, Blocking::Inline)?;
                 let queue = disk.queue(4).map_err(ImageError::io("open a queue"))?;
                 Used::Disk { queue: RefCell::new(queue), disk }
             }
         };
-        Ok(Driver { way, image })
+        Ok(Driver(way))
     }
 
     fn top(&self) -> Arc<dyn Format> {
-        match &self.way {
+        match &self.0 {
             Used::Direct(direct) => Arc::clone(direct.top()),
             Used::Disk { disk, .. } => Arc::clone(disk.format()),
         }
@@ -161,7 +149,7 @@ impl Driver {
 
     pub fn read(&self, sectors: Range<u64>) -> Result<Vec<u8>, ImageError> {
         let mut bytes = vec![0xee; (sectors.end - sectors.start) as usize * 512];
-        match &self.way {
+        match &self.0 {
             Used::Direct(direct) => direct.read(sectors.start * 512, &mut bytes)?,
             Used::Disk { queue, .. } => {
                 let queue = &mut **queue.borrow_mut();
@@ -174,14 +162,14 @@ impl Driver {
 
     /// As [`Direct::give_up_after`]; a queue is left alone.
     pub fn give_up_after(&self, steps: Option<u32>) {
-        if let Used::Direct(direct) = &self.way {
+        if let Used::Direct(direct) = &self.0 {
             direct.give_up_after(steps);
         }
     }
 
     pub fn change(&self, sectors: Range<u64>, change: Change, data: &[u8]) -> Result<(), Stop> {
         let range = sectors.start * 512..sectors.end * 512;
-        match &self.way {
+        match &self.0 {
             Used::Direct(direct) => direct.change(range, change, data),
             Used::Disk { queue, .. } => {
                 let queue = &mut **queue.borrow_mut();
@@ -197,7 +185,7 @@ impl Driver {
     }
 
     pub fn flush(&self) -> Result<(), ImageError> {
-        match &self.way {
+        match &self.0 {
             Used::Direct(direct) => direct.flush(),
             Used::Disk { queue, .. } => {
                 blocking::flush(&mut **queue.borrow_mut()).map_err(ImageError::io("flush the disk"))
@@ -206,7 +194,7 @@ impl Driver {
     }
 
     pub fn close(self) -> Result<(), ImageError> {
-        match self.way {
+        match self.0 {
             Used::Direct(direct) => direct.top().close(),
             Used::Disk { queue, disk } => {
                 drop(queue);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use blktap::formats::{Format, ImageError, RawFormat};
 use blktap::storage::Storage;
 
-use crate::case::{Case, Image, Plain};
+use crate::case::{Case, Layers};
 use crate::own_format::Sparse;
 
 /// Runs of each case.
@@ -45,6 +45,7 @@ fn every() -> Vec<Box<dyn Case>> {
         qcow2("refcount_bits=1", 512, 300, 0),
         qcow2("refcount_bits=64", 512, 300, 300),
         qcow2("extended_l2=on", 16384, 512, 300),
+        qcow2("lazy_refcounts=on", 1024, 300, 0),
         qcow2("data_file_raw=on", 4096, 300, 0),
     ]
 }
@@ -65,9 +66,9 @@ impl Case for Raw {
     fn create(&self, files: &[Arc<dyn Storage>]) -> Result<(), ImageError> {
         files[0].set_size(self.sectors() * 512).map_err(ImageError::io("make the file"))
     }
-    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>, ImageError> {
+    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Layers, ImageError> {
         let raw = RawFormat::new(Arc::clone(&files[0])).map_err(ImageError::io("open"))?;
-        Ok(Box::new(Plain(vec![Arc::new(raw)])))
+        Ok(vec![Arc::new(raw)])
     }
 }
 
@@ -87,8 +88,8 @@ impl Case for Own {
     fn create(&self, files: &[Arc<dyn Storage>]) -> Result<(), ImageError> {
         Sparse::create(&*files[0], self.sectors() * 512)
     }
-    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>, ImageError> {
+    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Layers, ImageError> {
         let sparse: Arc<dyn Format> = Sparse::open(Arc::clone(&files[0]))?;
-        Ok(Box::new(Plain(vec![sparse])))
+        Ok(vec![sparse])
     }
 }

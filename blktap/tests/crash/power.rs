@@ -171,7 +171,8 @@ fn readable(
     allowed.size(size)?;
     let bytes = driver.read(0..size).map_err(|e| format!("read: {e}"))?;
     allowed.bytes(0, &bytes)?;
-    driver.image.snapshots().map_err(|e| format!("list the snapshots: {e}"))
+    drop(driver);
+    case.snapshots(files).map_err(|e| format!("list the snapshots: {e}"))
 }
 
 /// A snapshot, applied to a copy, reads as the disk did.
@@ -184,9 +185,12 @@ fn snapshot_whole(
     let journal = Journal::new(state.to_vec());
     let files = journal.storages();
     let failed = |e| format!("snapshot {name}: {e}");
+    case.special(&files, &Special::Apply(name.to_owned())).map_err(failed)?;
     let image = case.open(&files).map_err(failed)?;
-    image.special(&Special::Apply(name.to_owned())).map_err(failed)?;
     let driver = Driver::new(image, Way::Direct).map_err(failed)?;
+    if driver.size() != tags.len() as u64 {
+        return Err(format!("snapshot {name}: {} sectors, not {}", driver.size(), tags.len()));
+    }
     let bytes = driver.read(0..tags.len() as u64).map_err(failed)?;
     for ((sector, bytes), tag) in (0..).zip(bytes.chunks_exact(SECTOR)).zip(tags) {
         if bytes != bytes_of(*tag, sector..sector + 1) {

@@ -42,10 +42,11 @@ impl Random {
 /// `n` random steps for a case.
 pub fn steps(case: &dyn Case, n: usize, seed: u64) -> Vec<Step> {
     let mut random = Random(seed);
-    let (mut size, mut snapshots, mut made) = (case.sectors(), Vec::<String>::new(), 0);
+    let (mut size, mut snapshots, mut made) = (case.sectors(), Vec::<(String, u64)>::new(), 0);
     let special = case.specials();
     let mut steps = Vec::new();
     while steps.len() < n {
+        let any = random.below(snapshots.len() as u64) as usize;
         let step = match random.below(40) {
             0..20 => Step::Change(Change::Write, range(&mut random, size, case.cluster())),
             20..24 => Step::Change(Change::Zero, range(&mut random, size, case.cluster())),
@@ -54,24 +55,22 @@ pub fn steps(case: &dyn Case, n: usize, seed: u64) -> Vec<Step> {
             34 => Step::Reopen,
             35 | 36 if special.snapshots && snapshots.len() < 3 => {
                 made += 1;
-                snapshots.push(format!("s{made}"));
+                snapshots.push((format!("s{made}"), size));
                 Step::Special(Special::Snapshot(format!("s{made}")))
             }
-            37 if !snapshots.is_empty() => {
-                let name = &snapshots[random.below(snapshots.len() as u64) as usize];
-                Step::Special(Special::Apply(name.clone()))
+            37 if special.snapshots && !snapshots.is_empty() => {
+                size = snapshots[any].1;
+                Step::Special(Special::Apply(snapshots[any].0.clone()))
             }
             38 if !snapshots.is_empty() => {
-                let name = snapshots.swap_remove(random.below(snapshots.len() as u64) as usize);
-                Step::Special(Special::Delete(name))
+                Step::Special(Special::Delete(snapshots.swap_remove(any).0))
             }
-            39 => match special.grow {
-                Some(most) if size < most && snapshots.is_empty() => {
-                    size = (size + 1 + random.below(most / 4)).min(most);
-                    Step::Special(Special::Resize(size * 512))
-                }
-                _ => continue,
-            },
+            39 => {
+                let Some(most) = special.grow else { continue };
+                let least = if special.shrinks { most / 3 } else { size };
+                size = least + random.below(most - least + 1);
+                Step::Special(Special::Resize(size * 512))
+            }
             _ => continue,
         };
         steps.push(step);
@@ -166,7 +165,7 @@ impl<'a> Run<'a> {
                 Ok(())
             }
             Step::Reopen => self.reopen(),
-            Step::Special(special) => self.special(special, from),
+            Step::Special(special) => self.special(special),
         }
     }
 
@@ -214,12 +213,16 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn reopen(&mut self) -> Result<(), String> {
-        let Some(driver) = self.driver.take() else { return Ok(()) };
-        match driver.close() {
-            Ok(()) => self.history.flushed(self.journal.len()),
-            Err(_) => self.stopped += 1,
+    fn close(&mut self) {
+        match self.driver.take().map(Driver::close) {
+            Some(Ok(())) => self.history.flushed(self.journal.len()),
+            Some(Err(_)) => self.stopped += 1,
+            None => {}
         }
+    }
+
+    fn reopen(&mut self) -> Result<(), String> {
+        self.close();
         match (self.open(), self.trust) {
             (Ok(driver), _) => self.driver = Some(driver),
             (Err(e), Trust::Working) => return Err(format!("it does not open again: {e}")),
@@ -233,31 +236,44 @@ impl<'a> Run<'a> {
         self.driver.is_some()
     }
 
-    fn special(&mut self, special: &Special, from: usize) -> Result<(), String> {
-        if let Special::Snapshot(name) = special {
-            self.history.snapshot_created(name, from);
-        }
-        if let Special::Delete(name) = special {
-            self.history.snapshot_deleted(name, from);
-        }
+    fn special(&mut self, special: &Special) -> Result<(), String> {
+        self.close();
+        let from = self.journal.len();
         let tags = match special {
             Special::Apply(name) => self.history.snapshot(name).map(<[u32]>::to_vec),
             _ => None,
         };
-        for (sector, tag) in (0..).zip(tags.iter().flatten()) {
-            self.history.may_hold(sector..sector + 1, *tag, from);
+        match special {
+            Special::Snapshot(name) => self.history.snapshot_created(name, from),
+            Special::Delete(name) => self.history.snapshot_deleted(name, from),
+            Special::Apply(_) => {
+                let tags = tags.iter().flatten();
+                (0..).zip(tags).for_each(|(s, tag)| self.history.may_hold(s..s + 1, *tag, from));
+            }
+            Special::Resize(_) => {}
         }
-        if self.driver().image.special(special).is_err() {
-            self.stopped += 1;
-            return self.special_failed(special, from);
+        let done = self.case.special(&self.files, special);
+        match (&done, special) {
+            (Ok(()), Special::Resize(size)) => self.history.resized(size / 512, from),
+            (Ok(()), Special::Apply(_)) => {
+                let tags = tags.unwrap_or_default();
+                self.history.resized(tags.len() as u64, from);
+                (0..).zip(&tags).for_each(|(s, tag)| self.history.holds(s, *tag, from));
+            }
+            _ => {}
         }
-        for (sector, tag) in (0..).zip(tags.iter().flatten()) {
-            self.history.holds(sector, *tag, from);
+        match done {
+            Ok(()) => {
+                self.history.flushed(self.journal.len());
+                self.reopen()
+            }
+            Err(e) if self.trust == Trust::Working => Err(e.to_string()),
+            Err(_) => {
+                self.stopped += 1;
+                self.reopen()?;
+                if self.is_open() { self.special_failed(special, from) } else { Ok(()) }
+            }
         }
-        if let Special::Resize(size) = special {
-            self.history.resized(size / 512, from);
-        }
-        self.verify()
     }
 
     /// What is there now is what was before, or what was to be.

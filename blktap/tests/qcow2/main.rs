@@ -3,3 +3,4 @@ mod matrix;
 mod packed;
 mod qemu;
 mod queues;
+mod states;

@@ -7,17 +7,15 @@ use serde_json::Value;
 use crate::qemu::{Image, run, run_well};
 
 /// Options of `qemu-img create`.
-pub const KINDS: [&str; 10] = [
+pub const KINDS: [&str; 8] = [
     "",
     "compat=0.10",
     "cluster_size=512",
     "cluster_size=512,refcount_bits=64",
-    "cluster_size=4k,refcount_bits=64",
     "cluster_size=64k,extended_l2=on",
     "cluster_size=16k,extended_l2=on,refcount_bits=32",
     "cluster_size=2M,refcount_bits=32",
-    "lazy_refcounts=on",
-    "compression_type=zstd",
+    "lazy_refcounts=on,compression_type=zstd",
 ];
 
 /// An image with data, compressed clusters that share host clusters, zeroes and holes.
@@ -202,7 +200,8 @@ fn the_disk_gets_the_size_that_it_had() {
         image.assert_clean(options);
         apply(&image, Which::Name("large"));
         image.assert_clean(options);
-        assert!(image.disk() == large && image.snapshot("small") == small, "{options}");
+        // QEMU reads a snapshot with the size that the disk has now.
+        assert!(image.disk() == large && image.snapshot("small").starts_with(&small), "{options}");
         delete(&image, Which::Name("large"));
         delete(&image, Which::Name("small"));
         image.assert_clean(options);
@@ -230,6 +229,20 @@ fn with_a_backing_file() {
     assert!(image.snapshot("one") == first);
     delete(&image, Which::Name("one"));
     image.assert_clean("backing");
+}
+
+#[test]
+fn an_empty_disk_has_snapshots_too() {
+    let image = Image::create("", "0");
+    create(&image, "one");
+    create(&image, "two");
+    image.assert_clean("empty");
+    apply(&image, Which::Name("one"));
+    image.img(&["snapshot", "-a", "two"]);
+    delete(&image, Which::Name("two"));
+    image.img(&["snapshot", "-d", "one"]);
+    image.assert_clean("empty");
+    assert_eq!(list(&image), []);
 }
 
 /// Space that a snapshot alone had goes back to the file system.

@@ -2,6 +2,8 @@
 //! (Debian's qemu-utils).
 mod chains;
 mod driver;
+mod hostile;
+mod model;
 mod qemu;
 mod repair;
 

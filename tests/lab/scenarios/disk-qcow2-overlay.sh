@@ -3,7 +3,7 @@
 # needs: ringback
 raw=$(image raw 96)
 mkdir -p /scratch/golden && head -c 3000000 /dev/urandom > /scratch/golden/file
-must mke2fs -q -F -t ext4 -d /scratch/golden "$raw"
+must mkfs.ext4 -q -F -d /scratch/golden "$raw"
 wanted=$(sha /scratch/golden/file)
 must qemu-img convert -f raw -O qcow2 "$raw" /scratch/golden.img
 before=$(sha /scratch/golden.img)

@@ -3,7 +3,7 @@
 # needs: ringback
 raw=$(image raw 96)
 mkdir -p /scratch/golden && head -c 3000000 /dev/urandom > /scratch/golden/file
-must mke2fs -q -F -t ext4 -d /scratch/golden "$raw"
+must mkfs.ext4 -q -F -d /scratch/golden "$raw"
 wanted=$(sha /scratch/golden/file)
 must ringback disk convert -f raw -O vhd "$raw" /scratch/parent.img
 before=$(sha /scratch/parent.img)

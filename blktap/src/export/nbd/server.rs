@@ -95,7 +95,7 @@ impl Export {
             size: geometry.size,
             flags,
             minimum: geometry.logical_block,
-            preferred: geometry.physical_block.max(4096).min(MAX_PAYLOAD),
+            preferred: geometry.physical_block.clamp(4096, MAX_PAYLOAD),
             bitmaps: self.disk.bitmaps(),
         }
     }

@@ -105,7 +105,8 @@ impl Changing<'_> {
     }
 }
 
-type Set = Vec<Arc<Slice>>;
+/// Slices with their numbers, so that looking for one touches no other.
+type Set = Vec<(u32, Arc<Slice>)>;
 
 /// Slices by number. A slice that somebody else holds (a guard, the list of dirty ones) is not
 /// dropped; beyond its limit the cache has at most what requests in flight hold.
@@ -139,7 +140,7 @@ impl SliceCache {
     /// Calls `f` with the slice, if it is here. No lock may be taken in it.
     pub(super) fn with<T>(&self, number: u32, f: impl FnOnce(&Arc<Slice>) -> T) -> Option<T> {
         let set = self.sets[self.set(number)].read();
-        let slice = set.iter().find(|s| s.number == number)?;
+        let (_, slice) = set.iter().find(|(n, _)| *n == number)?;
         if !slice.used.load(Ordering::Relaxed) {
             slice.used.store(true, Ordering::Relaxed);
         }
@@ -162,7 +163,7 @@ impl SliceCache {
         for _ in 0..2 {
             while set.len() >= self.ways {
                 // Nobody takes a new hold of it: that needs the set's lock.
-                let free = |s: &Arc<Slice>| {
+                let free = |(_, s): &(u32, Arc<Slice>)| {
                     Arc::strong_count(s) == 1
                         && !s.dirty.load(Ordering::Relaxed)
                         && !s.used.load(Ordering::Relaxed)
@@ -175,7 +176,7 @@ impl SliceCache {
             if set.len() < self.ways {
                 return Ok(());
             }
-            set.iter().for_each(|s| s.used.store(false, Ordering::Relaxed));
+            set.iter().for_each(|(_, s)| s.used.store(false, Ordering::Relaxed));
         }
         Err(AllDirty)
     }
@@ -183,12 +184,7 @@ impl SliceCache {
     /// Puts a loaded slice in; the caller has its [`loader`](Self::loader).
     pub(super) fn insert(&self, slice: Slice) {
         let mut set = self.sets[self.set(slice.number)].write();
-        set.push(Arc::new(slice));
-    }
-
-    /// Drops all slices, which are clean and not in use.
-    pub(super) fn clear(&self) {
-        self.sets.iter().for_each(|s| s.write().clear());
+        set.push((slice.number, Arc::new(slice)));
     }
 
     /// Slices that are here.

@@ -373,10 +373,4 @@ impl Refcounts {
         }
         Ok(())
     }
-
-    /// Bytes of slices that are kept.
-    #[cfg(test)]
-    pub(super) fn cached(&self) -> u64 {
-        self.slices.len() as u64 * self.slice_bytes()
-    }
 }

@@ -80,6 +80,17 @@ impl Which<'_> {
     }
 }
 
+/// Where the snapshot table and the snapshots' L1 tables lie: first byte and bytes of each, the
+/// snapshot table first.
+pub(super) fn tables(
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<Vec<(u64, u64)>, ImageError> {
+    let table = table::read(storage, header)?;
+    let l1 = table.entries.iter().map(|e| (e.l1_offset, u64::from(e.l1_entries) * 8));
+    Ok(std::iter::once((header.snapshots_offset, table.bytes)).chain(l1).collect())
+}
+
 /// The snapshots of an image, whatever state it is in.
 pub fn list(storage: &dyn Storage) -> Result<Vec<Snapshot>, ImageError> {
     let header = Header::read(storage)?;
@@ -122,7 +133,7 @@ pub fn create(storage: &dyn Storage, name: &str, date: SystemTime) -> Result<Sna
     job.clear_autoclear()?;
     let l1 = job.copy_l1(active, active.entries)?;
     let date = date.duration_since(UNIX_EPOCH).unwrap_or_default();
-    job.entries.push(Entry {
+    let entry = Entry {
         l1_offset: l1.offset,
         l1_entries: l1.entries,
         id: new_id(&job.entries).into_bytes(),
@@ -134,14 +145,15 @@ pub fn create(storage: &dyn Storage, name: &str, date: SystemTime) -> Result<Sna
         disk_size: Some(job.offline.header().disk_size()),
         icount: None,
         more: Vec::new(),
-    });
-    let made = job.entries.last().map(|entry| snapshot(entry, job.offline.header()));
+    };
+    let made = snapshot(&entry, job.offline.header());
+    job.entries.push(entry);
     job.raise(active)?;
     // All of the disk is shared now, and must not be written in place any more.
     references::set_copied(&job.offline, active)?;
     job.switch_table()?;
     job.offline.sync()?;
-    made.ok_or_else(|| ImageError::Invalid("no snapshot was made".into()))
+    Ok(made)
 }
 
 /// Makes the disk what it was when the snapshot was made, with the size that it had.

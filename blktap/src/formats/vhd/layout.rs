@@ -95,7 +95,7 @@ pub(super) fn survey(
                 metadata.iter().find(same).map_or(start, |(r, _)| r.end)
             }
         };
-        if matches!(owner, Owner::Block(_)) && start >= file_size {
+        if start >= file_size {
             survey.fault(|| format!("{owner} lies behind the end of the file"));
             continue;
         }

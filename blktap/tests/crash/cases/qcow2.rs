@@ -1,14 +1,17 @@
 //! QCOW2 images.
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use blktap::formats::qcow2::header::Header;
-use blktap::formats::qcow2::{L2Cache, Qcow2, Qcow2Options, check};
+use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
+use blktap::formats::qcow2::snapshots::{self, Which};
+use blktap::formats::qcow2::{Dirty, L2Cache, Qcow2, Qcow2Options, check};
 use blktap::formats::{Format, ImageError};
 use blktap::storage::Storage;
 use blktap::storage::record::SparseBytes;
 
 use super::vhd::base;
-use crate::case::{Case, Health, Image, Mend, Plain};
+use crate::case::{Case, Health, Layers, Mend, Special, Specials};
 use crate::history::{BASE, bytes_of};
 use crate::qemu;
 
@@ -82,18 +85,18 @@ impl Case for Qcow2Case {
         }
         Ok(())
     }
-    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>, ImageError> {
+    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Layers, ImageError> {
         let options = Qcow2Options {
             l2_cache: L2Cache::Bytes(8 << 10),
             refcount_cache: 16 << 10,
-            repair: Some(repair),
+            dirty: Dirty::Repair,
         };
         let image = Qcow2::open(Arc::clone(&files[0]), files.get(1).cloned(), &options)?;
         let mut layers: Vec<Arc<dyn Format>> = vec![Arc::new(image)];
         if self.base > 0 {
             layers.push(base(self.base)?);
         }
-        Ok(Box::new(Plain(layers)))
+        Ok(layers)
     }
     fn check(&self, files: &[Arc<dyn Storage>], mend: Mend) -> Result<Health, ImageError> {
         let file = &*files[0];
@@ -112,15 +115,53 @@ impl Case for Qcow2Case {
     fn mends(&self) -> bool {
         true
     }
+    fn special(&self, files: &[Arc<dyn Storage>], special: &Special) -> Result<(), ImageError> {
+        let file = &*files[0];
+        match special {
+            Special::Snapshot(name) => {
+                snapshots::create(file, name, SystemTime::UNIX_EPOCH).map(|_| ())
+            }
+            Special::Apply(name) => snapshots::apply(file, Which::Name(name)),
+            Special::Delete(name) => snapshots::delete(file, Which::Name(name)),
+            Special::Resize(size) => {
+                let below = BaseDisk(self.base);
+                let below: Option<&dyn Below> = if self.base > 0 { Some(&below) } else { None };
+                let around = Around { data_file: files.get(1).map(|f| &**f), below };
+                resize::resize(file, around, *size, Shrink::Allow)
+            }
+        }
+    }
+    fn snapshots(&self, files: &[Arc<dyn Storage>]) -> Result<Vec<String>, ImageError> {
+        let all = snapshots::list(&*files[0])?;
+        Ok(all.into_iter().map(|s| s.name).collect())
+    }
+    fn specials(&self) -> Specials {
+        Specials {
+            snapshots: self.files.len() == 1 && !self.name.contains("refcount_bits=1"),
+            // Snapshots of another size cannot be applied in version 2.
+            grow: (!self.name.contains("0.10")).then_some(self.sectors * 3 / 2),
+            shrinks: true,
+        }
+    }
     fn qemu(&self) -> Option<&'static str> {
         (self.files.len() == 1).then_some("qcow2")
     }
 }
 
-fn repair(file: &Arc<dyn Storage>) -> Result<(), ImageError> {
-    let done = check::repair(&**file, check::Repair::All, check::CHECK_MEMORY, &check::unwatched)?;
-    match done.corruptions {
-        0 => Ok(()),
-        n => Err(ImageError::Corrupt(format!("{n} corruptions are left"))),
+/// The backing image as resizing sees it.
+struct BaseDisk(u64);
+
+impl Below for BaseDisk {
+    fn size(&self) -> u64 {
+        self.0 * 512
+    }
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ImageError> {
+        let first = offset / 512;
+        let end = (offset + into.len() as u64).div_ceil(512);
+        let mut bytes = bytes_of(BASE, first..end.max(first));
+        bytes[(self.0.clamp(first, end) - first) as usize * 512..].fill(0);
+        let skip = (offset % 512) as usize;
+        into.copy_from_slice(&bytes[skip..skip + into.len()]);
+        Ok(())
     }
 }

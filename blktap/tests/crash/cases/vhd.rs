@@ -7,7 +7,7 @@ use blktap::formats::{Format, ImageError, RawFormat};
 use blktap::storage::Storage;
 use blktap::storage::record::{Journal, SparseBytes};
 
-use crate::case::{Case, Health, Image, Mend, Plain};
+use crate::case::{Case, Health, Layers, Mend, Special, Specials};
 use crate::history::{BASE, bytes_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,12 +77,12 @@ impl Case for VhdCase {
             _ => self.set_block(&*files[0]).map_err(ImageError::io("set the block size")),
         }
     }
-    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Box<dyn Image>, ImageError> {
+    fn open(&self, files: &[Arc<dyn Storage>]) -> Result<Layers, ImageError> {
         let mut layers: Vec<Arc<dyn Format>> = vec![Arc::new(Vhd::open(Arc::clone(&files[0]))?)];
         if self.base() > 0 {
             layers.push(base(self.base())?);
         }
-        Ok(Box::new(Plain(layers)))
+        Ok(layers)
     }
     fn check(&self, files: &[Arc<dyn Storage>], mend: Mend) -> Result<Health, ImageError> {
         let repair = if mend == Mend::All { Repair::All } else { Repair::Nothing };
@@ -101,6 +101,15 @@ impl Case for VhdCase {
     }
     fn mends(&self) -> bool {
         true
+    }
+    fn special(&self, files: &[Arc<dyn Storage>], special: &Special) -> Result<(), ImageError> {
+        match special {
+            Special::Resize(size) => Vhd::grow(&*files[0], *size),
+            _ => Err(ImageError::Unsupported(format!("{special:?}"))),
+        }
+    }
+    fn specials(&self) -> Specials {
+        Specials { grow: Some(self.sectors * 3 / 2), ..Specials::default() }
     }
     fn qemu(&self) -> Option<&'static str> {
         (self.kind != Kind::Differencing).then_some("vpc")
