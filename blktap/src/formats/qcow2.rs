@@ -15,6 +15,7 @@ pub mod extension;
 mod flush;
 pub mod header;
 mod load;
+pub mod measure;
 mod metadata;
 pub mod offline;
 mod pool;
@@ -298,7 +299,8 @@ fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), 
     let clusters = |at: u64, bytes: u64| at >> bits..(at + bytes).div_ceil(1 << bits);
     map.add(0..1, Kind::Header)?;
     map.add(clusters(header.l1_offset, l1.len() as u64 * 8), Kind::L1)?;
-    if let Some(b) = &header.bitmaps {
+    let valid = header.autoclear & header::AUTOCLEAR_BITMAPS != 0;
+    if let Some(b) = header.bitmaps.filter(|_| valid) {
         let end = b.directory_offset.checked_add(b.directory_size);
         if end.is_none_or(|e| e > i64::MAX as u64) {
             return Err(ImageError::Corrupt("bitmap directory".into()));

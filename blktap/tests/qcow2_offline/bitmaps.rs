@@ -160,8 +160,8 @@ fn change(disk: &Qcow2, range: Range<u64>, what: Change) {
 fn an_open_image_records_and_stores_when_it_is_closed() {
     for options in KINDS {
         let image = Image::create(options, "40M");
+        image.io(&["write 30M 64k"]);
         for (name, more) in [("on", "--enable"), ("off", "--disable")] {
-            image.io(&["write 30M 64k"]);
             let args = ["bitmap", "--add", more, "-g", "65536", image.name(), name];
             run_well("qemu-img", &args);
         }

@@ -2,6 +2,7 @@
 //! QEMU's programs (Debian's qemu-utils) make the images and judge the results.
 mod bitmaps;
 mod check;
+mod measure;
 mod offline;
 mod qemu;
 mod repair;

@@ -90,6 +90,15 @@ impl Image {
         check(&self.path)
     }
 
+    /// What a snapshot reads as; nothing where there is none.
+    pub fn snapshot(&self, name: &str) -> Option<Vec<u8>> {
+        let raw = self.dir.path().join("snapshot.raw");
+        let to = raw.to_str().expect("UTF-8");
+        let of = format!("snapshot.name={name}");
+        let args = ["convert", "-t", "unsafe", "-f", "qcow2", "-l", &of, "-O", "raw", self.name(), to];
+        run("qemu-img", &args).status.success().then(|| std::fs::read(raw).expect("a raw disk"))
+    }
+
     /// What the disk reads as, by `qemu-img convert`.
     pub fn disk(&self) -> Vec<u8> {
         let raw = self.dir.path().join("disk.raw");

@@ -84,7 +84,12 @@ impl Entry {
 
     /// Bytes in the directory.
     pub fn bytes(&self) -> usize {
-        (FIXED + self.name.len()).next_multiple_of(8)
+        Self::bytes_with_name(self.name.len())
+    }
+
+    /// Bytes in the directory of an entry whose name has `len` bytes.
+    pub fn bytes_with_name(len: usize) -> usize {
+        (FIXED + len).next_multiple_of(8)
     }
 
     /// Whether the fields make sense in an image of such clusters with a disk of `size` bytes.

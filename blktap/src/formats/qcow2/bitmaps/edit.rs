@@ -220,12 +220,19 @@ pub(super) fn store_all(
     bits: &[(String, &DirtyBits)],
 ) -> Result<(), ImageError> {
     let mut all = entries(offline)?;
+    let mut moved = false;
     for (name, bits) in bits {
         let entry = find_mut(&mut all, name)?;
+        let before = entry.table_offset;
         table::store(offline, entry, bits)?;
+        moved |= entry.table_offset != before;
         entry.flags &= !IN_USE;
     }
-    write_flags(offline, &all)?;
-    offline.free_deferred()?;
+    if moved {
+        write_directory(offline, &all)?;
+    } else {
+        write_flags(offline, &all)?;
+        offline.free_deferred()?;
+    }
     offline.sync()
 }

@@ -17,6 +17,11 @@ fn read_table(storage: &dyn Storage, cluster: u64, entry: &Entry) -> Result<Vec<
     bytes.chunks_exact(8).map(decode).collect()
 }
 
+/// Entries of a table for a disk of `size` bytes.
+fn need(size: u64, entry: &Entry, cluster: u64) -> u64 {
+    Entry::clusters_for(size, entry.granularity_bits, cluster).max(1)
+}
+
 /// Reads the bits of a disk of `size` bytes.
 pub(super) fn load(
     storage: &dyn Storage,
@@ -24,6 +29,10 @@ pub(super) fn load(
     size: u64,
     entry: &Entry,
 ) -> Result<DirtyBits, ImageError> {
+    if u64::from(entry.table_size) != need(size, entry, cluster) {
+        let name = &entry.name;
+        return Err(ImageError::Corrupt(format!("bitmap {name:?} is for another disk")));
+    }
     let bits = DirtyBits::new(size, entry.granularity_bits);
     let per = cluster * 8;
     for (index, part) in read_table(storage, cluster, entry)?.into_iter().enumerate() {
@@ -53,7 +62,7 @@ pub(super) fn store(
 ) -> Result<(), ImageError> {
     let cluster = offline.layout().cluster_size();
     let old = read_table(offline.storage(), cluster, entry)?;
-    let need = Entry::clusters_for(bits.disk_size(), entry.granularity_bits, cluster);
+    let need = need(bits.disk_size(), entry, cluster);
     let (mut table, mut freed) = (Vec::new(), Vec::new());
     for index in 0..need {
         let before = old.get(index as usize).copied().unwrap_or(Bits::Zeroes);

@@ -1,0 +1,76 @@
+//! Fuzz target: any bytes are patches of a good image.
+use crate::judge::{Outcome, judge};
+use crate::model::be;
+use crate::mutations::GOOD;
+
+/// Places that are worth patching: each table that the image names, by what it names.
+fn tables(bytes: &[u8]) -> Vec<u64> {
+    let mut places = vec![0, 24, 64];
+    let tables = [be(bytes, 40, 8), be(bytes, 48, 8), be(bytes, 64, 8)];
+    for table in tables.into_iter().filter(|at| *at != 0) {
+        places.push(table);
+        places.extend((0..8).map(|i| be(bytes, table + i * 8, 8) & 0x00ff_ffff_ffff_fe00));
+    }
+    places.retain(|at| *at < bytes.len() as u64);
+    places
+}
+
+/// The first byte chooses the image; then every 8 bytes are a patch: where, how long, what.
+fn image(input: &[u8]) -> Option<Vec<u8>> {
+    let (choice, patches) = input.split_first()?;
+    let mut bytes = GOOD[usize::from(*choice) % GOOD.len()].bytes.clone();
+    let tables = tables(&bytes);
+    for patch in patches.chunks_exact(8).take(16) {
+        let base = tables[usize::from(patch[0]) % tables.len()];
+        let at = base + u64::from(patch[1]) * [1, 8][usize::from(patch[2] & 1)];
+        let old = be(&bytes, at, 8);
+        let word = be(patch, 3, 4);
+        let value = match patch[2] >> 1 & 7 {
+            0 => word << 32,
+            1 => old ^ 1 << (word % 64),
+            2 => old.wrapping_add(512 << (word % 8)),
+            3 => old & !(0xff << (word % 64)),
+            4 => tables[word as usize % tables.len()] | (word >> 16 & 1) << 63,
+            5 => tables[word as usize % tables.len()] | (word >> 16 & 3) << 62 | (word >> 20 & 1),
+            6 => word,
+            _ => u64::MAX << (word % 64),
+        };
+        for (i, byte) in value.to_be_bytes().into_iter().enumerate() {
+            if let Some(to) = bytes.get_mut(at as usize + i) {
+                *to = byte;
+            }
+        }
+        if patch[7] == 255 {
+            bytes.truncate((word as usize % bytes.len()).max(1));
+        }
+    }
+    Some(bytes)
+}
+
+fn run(input: &[u8]) -> Outcome {
+    image(input).map_or_else(Outcome::default, |bytes| judge(&bytes, &format!("{input:02x?}")))
+}
+
+#[test]
+fn images() {
+    bolero::check!().with_max_len(129).with_iterations(30).for_each(|input: &[u8]| _ = run(input));
+}
+
+#[test]
+fn a_short_run_that_is_the_same_each_time() {
+    let mut state = 99u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    };
+    let outcomes: Vec<Outcome> = (0..150)
+        .map(|i| {
+            let input: Vec<u8> = (0..1 + 8 * (1 + i % 6)).map(|_| next()).collect();
+            run(&input)
+        })
+        .collect();
+    let count = |f: fn(&Outcome) -> bool| outcomes.iter().filter(|o| f(o)).count();
+    assert!(count(|o| o.opened) > 50, "hardly any was opened");
+    assert!(count(|o| !o.opened) > 5, "hardly any was refused");
+    assert!(count(|o| o.repaired && !o.clean) > 5, "hardly any was repaired");
+}
