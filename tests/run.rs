@@ -188,6 +188,40 @@ fn a_named_image_is_copied_or_read_and_written_only_when_told() {
     assert!(now[..2 << 20] != content[..2 << 20] && now[2 << 20..] == content[2 << 20..]);
 }
 
+#[test]
+fn images_of_each_format_are_worked_on_by_an_overlay() {
+    let place = Place::new();
+    let (raw, content) = precious(&place);
+    let ringback_disk = |args: &[&str]| {
+        let output = place.ringback().arg("disk").args(args).output().expect("ringback");
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    };
+    let raw = raw.to_str().expect("a path");
+    for format in ["qcow", "qcow2", "vhd"] {
+        let path = place.dir.path().join(format);
+        let path = path.to_str().expect("a path");
+        ringback_disk(&["convert", "-O", format, raw, path]);
+        let before = fs::read(path).expect("the image");
+        let target = format!("{format}:{path}");
+        let toml = "[[disk]]\nsize_mib = 2\nwork_mib = 8\n";
+        for args in [&["--disk", &*target][..], &["--disk", &*target, "--read-only"]] {
+            let output = place.run(toml, args);
+            assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+            assert!(fs::read(path).expect("the image") == before, "{args:?} changed the image");
+            place.assert_left_nothing(Duration::ZERO);
+        }
+        if format == "qcow" {
+            continue;
+        }
+        let output = place.run(toml, &["--disk", &*target, "--overwrite"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let copy = place.dir.path().join("copy");
+        ringback_disk(&["convert", "-O", "raw", path, copy.to_str().expect("a path")]);
+        let now = fs::read(copy).expect("a copy");
+        assert!(now[..2 << 20] != content[..2 << 20] && now[2 << 20..] == content[2 << 20..]);
+    }
+}
+
 /// A run that goes on until something ends it.
 fn endless(place: &Place) -> Child {
     let file = place.file("guest.toml", "[[disk]]\nsize_mib = 8\nwork_mib = 1000000\n");

@@ -91,3 +91,19 @@ fn commit_to_an_image_further_down() {
     let said = place.disk(&["commit", "-b", "seen.raw", "up.qcow2"]);
     assert!(said.code == 1 && said.err.contains("does not build on it"), "{said:?}");
 }
+
+#[test]
+fn what_was_committed_is_given_back() {
+    let place = Place::new();
+    overlay(&place);
+    place.ok(&["commit", "top.qcow2"]);
+    place.assert_same(("seen.raw", "raw"), ("base.raw", "raw"));
+    place.assert_same(("seen.raw", "raw"), ("top.qcow2", "qcow2"));
+    place.assert_checked("top.qcow2", "qcow2");
+    let map = place.qemu_img(&["map", "--output=json", "top.qcow2"]).json();
+    assert!(map.as_array().expect("a map").iter().all(|l| l["depth"] == 1), "{map}");
+    // VHDs build on VHDs too.
+    place.ok(&["convert", "-O", "vhd", "base.raw", "base.vhd"]);
+    place.ok(&["create", "-f", "vhd", "-b", "base.vhd", "-F", "vhd", "top.vhd"]);
+    place.ok(&["compare", "-F", "raw", "top.vhd", "seen.raw"]);
+}

@@ -4,9 +4,21 @@ use std::os::unix::fs::MetadataExt;
 
 use super::Place;
 
-/// Formats as QEMU and we call them, that can be written.
-const TARGETS: [(&str, &str, &[&str]); 3] =
-    [("raw", "raw", &[]), ("vhd", "vpc", &[]), ("vhd", "vpc", &["-o", "subformat=fixed"])];
+/// Formats as we and QEMU call them, with options, that can be written.
+const TARGETS: [(&str, &str, &[&str]); 12] = [
+    ("raw", "raw", &[]),
+    ("vhd", "vpc", &[]),
+    ("vhd", "vpc", &["-o", "subformat=fixed"]),
+    ("qcow2", "qcow2", &[]),
+    ("qcow2", "qcow2", &["-c"]),
+    ("qcow2", "qcow2", &["-c", "-o", "compression_type=zstd"]),
+    ("qcow2", "qcow2", &["-o", "compat=0.10,cluster_size=512"]),
+    ("qcow2", "qcow2", &["-o", "extended_l2=on,refcount_bits=1,lazy_refcounts=on"]),
+    ("qcow2", "qcow2", &["-o", "cluster_size=2M,refcount_bits=64,preallocation=metadata"]),
+    ("qcow2", "qcow2", &["-W", "-m", "16", "-S", "0"]),
+    ("qcow", "qcow", &[]),
+    ("qcow", "qcow", &["-c"]),
+];
 
 /// The sample in each format that QEMU writes.
 fn sources(place: &Place) -> Vec<(&'static str, &'static str)> {
@@ -19,6 +31,7 @@ fn sources(place: &Place) -> Vec<(&'static str, &'static str)> {
     from_raw(&["qcow2", "-c", "-o", "compression_type=zstd", "s.raw", "z.qcow2"]);
     from_raw(&["qcow2", "-o", "extended_l2=on", "s.raw", "x.qcow2"]);
     from_raw(&["qcow2", "-o", "cluster_size=512,compat=0.10", "s.raw", "o.qcow2"]);
+    from_raw(&["qcow", "s.raw", "s.qcow"]);
     from_raw(&["vpc", "-o", "force_size=on", "s.raw", "s.vhd"]);
     from_raw(&["vpc", "-o", "subformat=fixed,force_size=on", "s.raw", "f.vhd"]);
     vec![
@@ -28,6 +41,7 @@ fn sources(place: &Place) -> Vec<(&'static str, &'static str)> {
         ("z.qcow2", "qcow2"),
         ("x.qcow2", "qcow2"),
         ("o.qcow2", "qcow2"),
+        ("s.qcow", "qcow"),
         ("s.vhd", "vpc"),
         ("f.vhd", "vpc"),
     ]
@@ -37,12 +51,18 @@ fn sources(place: &Place) -> Vec<(&'static str, &'static str)> {
 fn from_each_format_to_each() {
     let place = Place::new();
     for (source, format) in sources(&place) {
-        for (ours, theirs, options) in TARGETS {
+        // Each to the plain ones, and a few to all.
+        let all = ["s.raw", "x.qcow2", "s.vhd"].contains(&source);
+        for (ours, theirs, options) in TARGETS.into_iter().filter(|t| all || t.2.is_empty()) {
             let args = [&["convert", "-f", format, "-O", ours], options, &[source, "t"]].concat();
             place.ok(&args);
             place.assert_same(("s.raw", "raw"), ("t", theirs));
             let same = place.disk(&["compare", "-f", "raw", "-F", ours, "s.raw", "t"]);
             assert_eq!(same.code, 0, "{source} {ours}: {same:?}");
+            if ours == "qcow2" {
+                place.assert_checked("t", "qcow2");
+                assert_eq!(place.disk(&["check", "t"]).code, 0, "{options:?}");
+            }
         }
     }
 }
@@ -149,4 +169,70 @@ fn only_what_is_allowed_is_opened() {
         place.ok(&[&[*name, "--allow-backing", "other"], rest].concat());
     }
     place.assert_same(("other/base.raw", "raw"), ("t.raw", "raw"));
+}
+
+#[test]
+fn compressed_targets_are_small() {
+    let place = Place::new();
+    place.sample("s.raw");
+    place.ok(&["convert", "-c", "-O", "qcow2", "s.raw", "ours.qcow2"]);
+    place.qemu_img(&["convert", "-c", "-O", "qcow2", "s.raw", "theirs.qcow2"]);
+    let size = |name: &str| std::fs::metadata(place.path(name)).expect(name).len();
+    assert!(size("ours.qcow2") <= size("theirs.qcow2") * 21 / 20);
+    let ours = place.qemu_img(&["check", "--output=json", "ours.qcow2"]).json();
+    let theirs = place.qemu_img(&["check", "--output=json", "theirs.qcow2"]).json();
+    assert_eq!(ours["compressed-clusters"], theirs["compressed-clusters"]);
+}
+
+#[test]
+fn over_a_backing_file_only_the_difference_is_copied() {
+    let place = Place::new();
+    place.sample("base.raw");
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"]);
+    let writes = ["write -P 7 128k 64k", "write -z 5M 128k", "write -P 9 8M 4k", "write -z 0 64k"];
+    place.qemu_io("qcow2", "top.qcow2", &writes);
+    for target in [&["-O", "qcow2"][..], &["-O", "qcow2", "-c"], &["-O", "vhd"]] {
+        let args = [&["convert", "-B", "base.raw", "-F", "raw"], target, &["top.qcow2", "t"]];
+        place.ok(&args.concat());
+        place.ok(&["compare", "-F", target[1], "top.qcow2", "t"]);
+        if target[1] != "vhd" {
+            place.assert_same(("top.qcow2", "qcow2"), ("t", target[1]));
+        }
+        let map = place.ok(&["map", "-f", target[1], "--json", "t"]).json();
+        let lines = map["map"].as_array().expect("a map");
+        assert!(lines.iter().any(|l| l["depth"] == 1 && l["data"] == true), "{target:?}: {map}");
+    }
+}
+
+#[test]
+fn from_and_to_a_server() {
+    let place = Place::new();
+    let bytes = place.sample("s.raw");
+    std::fs::write(place.path("t.raw"), vec![0x55; bytes.len()]).expect("a file");
+    let serve = |file: &str, socket: &str| {
+        let mut qemu = std::process::Command::new("qemu-nbd");
+        qemu.current_dir(place.path("")).args(["-t", "-f", "raw", "-x", "d"]);
+        let server = qemu.arg("-k").arg(place.path(socket)).arg(file).spawn();
+        let server = server.expect("qemu-nbd (package qemu-utils)");
+        let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !place.path(socket).exists() {
+            assert!(std::time::Instant::now() < limit, "qemu-nbd does not serve");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        server
+    };
+    let mut servers = [serve("s.raw", "s.sock"), serve("t.raw", "t.sock")];
+    let uri = |socket: &str| format!("nbd+unix:///d?socket={}", place.path(socket).display());
+    let (source, target) = (uri("s.sock"), uri("t.sock"));
+    place.ok(&["convert", "-O", "qcow2", &source, "copy.qcow2"]);
+    place.ok(&["convert", "-n", "-O", "raw", "copy.qcow2", &target]);
+    place.ok(&["compare", &source, &target]);
+    let info = place.ok(&["info", "--json", &source]).json();
+    assert_eq!(info["virtual-size"], bytes.len());
+    assert_eq!(place.disk(&["convert", "-O", "raw", "copy.qcow2", &target]).code, 2);
+    for server in &mut servers {
+        server.kill().expect("kill");
+        server.wait().expect("its end");
+    }
+    assert!(place.bytes("t.raw") == bytes);
 }

@@ -81,3 +81,18 @@ fn a_rebase_leaves_an_image_that_reads_as_before() {
     place.assert_checked("a.qcow2", "qcow2");
     place.assert_same(("old.raw", "raw"), ("a.qcow2", "qcow2"));
 }
+
+#[test]
+fn a_compressing_convert_removes_its_target() {
+    let place = Place::new();
+    place.ok(&["create", "-o", "preallocation=falloc", "s.raw", "2G"]);
+    let writes: Vec<String> =
+        (0..32).map(|n| format!("write -P {} {}M 8M", n + 1, n * 64)).collect();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    place.qemu_io("raw", "s.raw", &writes);
+    let args = ["convert", "-c", "-O", "qcow2", "s.raw", "t.qcow2"];
+    let said = interrupted(&place, &args, || size(&place, "t.qcow2") > 200_000);
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(said.err.contains("t.qcow2 was removed"), "{said:?}");
+    assert!(!place.path("t.qcow2").exists());
+}

@@ -2,6 +2,7 @@
 
 mod chains;
 mod convert;
+mod inside;
 mod interrupt;
 mod look;
 mod make;

@@ -142,7 +142,6 @@ fn fill(
         let packing = formats::Packing {
             path: Path::new(&options.target),
             format: target.format,
-            backing: backing_name(options).filter(|_| with_backing),
             compress: options.compress,
             cache: cache(options.target_cache),
         };
@@ -195,11 +194,6 @@ fn open_target(options: &Convert, target: &Target, with_backing: bool) -> Result
         opening.backing = BackingPolicy::Allow(own.collect());
     }
     opening.open()
-}
-
-fn backing_name(options: &Convert) -> Option<NewBacking> {
-    let format = parse_format(options.backing_format.as_deref()?).ok()?;
-    Some(NewBacking { name: options.backing.clone()?, format })
 }
 
 /// The folder of the backing file that the caller names.

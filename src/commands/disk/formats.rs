@@ -195,7 +195,6 @@ pub struct Packing<'a> {
     pub path: &'a Path,
     pub format: ImageFormat,
     pub compress: bool,
-    pub backing: Option<NewBacking>,
     pub cache: Cache,
 }
 
@@ -225,7 +224,8 @@ impl Packing<'_> {
 /// Whether images of the format build on others.
 pub fn can_build_on(format: ImageFormat) -> Result<()> {
     match format {
-        ImageFormat::Raw => lacks(format, "backing file", "qcow2, qcow and vhd have"),
+        ImageFormat::Raw => lacks(format, "backing file", "qcow2 and vhd have"),
+        ImageFormat::Qcow => lacks(format, "room for the backing file's format", "qcow2 has"),
         _ => Ok(()),
     }
 }

@@ -28,8 +28,7 @@ pub struct Plan {
 pub fn plan(new: &mut NewImage<'_>) -> Result<Plan> {
     let size = new.size.checked_next_multiple_of(512);
     let size = size.ok_or_else(|| Usage(format!("{} bytes: too large", new.size)))?;
-    let backing = new.backing.as_ref().map(|b| b.name.clone());
-    Ok(Plan { options: CreateOptions { size, backing } })
+    Ok(Plan { options: CreateOptions { size, backing: None } })
 }
 
 pub fn create(plan: &Plan, storage: &Arc<FileStorage>) -> Result<()> {
@@ -59,13 +58,11 @@ pub fn pack(
 ) -> Result<Copied> {
     let name = packing.path.display().to_string();
     let size = how.len;
-    let backing = packing.backing.as_ref().map(|b| b.name.clone());
     let storage = packing.storage()?;
-    let writer = QcowWriter::create(storage, &CreateOptions { size, backing });
+    let writer = QcowWriter::create(storage, &CreateOptions { size, backing: None });
     let writer = writer.map_err(about(&name))?;
     let cluster = writer.cluster();
     let kept = if packing.compress { Kept::Compressed } else { Kept::Plain };
-    // Without a mark for zeroes, what reads as zeroes over a backing file is written.
     let leaves_out = how.before == Before::Zeroes;
     let writer = Mutex::new(writer);
     let pack = |at: u64, bytes: &[u8]| {
