@@ -128,7 +128,7 @@ impl BitmapsExtension {
         })
     }
 
-    pub(super) fn to_extension(&self) -> Extension {
+    pub(super) fn to_extension(self) -> Extension {
         let mut data = vec![0; 24];
         data[..4].copy_from_slice(&self.count.to_be_bytes());
         data[8..16].copy_from_slice(&self.directory_size.to_be_bytes());

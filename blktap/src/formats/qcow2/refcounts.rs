@@ -133,10 +133,9 @@ impl Refcounts {
             self.slices.insert(number, RefSlice { bytes, dirty: false, used: 0 });
         }
         let clock = self.clock;
-        Ok(self.slices.get_mut(&number).map(|s| {
-            s.used = clock;
-            s
-        }))
+        let Some(slice) = self.slices.get_mut(&number) else { return Ok(None) };
+        slice.used = clock;
+        Ok(Some(slice))
     }
 
     fn make_room(&mut self) -> Result<(), ImageError> {
