@@ -133,11 +133,9 @@ impl Refcounts {
             self.slices.insert(number, RefSlice { bytes, dirty: false, used: 0 });
         }
         let clock = self.clock;
-        let mut slice = self.slices.get_mut(&number);
-        if let Some(slice) = &mut slice {
-            slice.used = clock;
-        }
-        Ok(slice)
+        let Some(slice) = self.slices.get_mut(&number) else { return Ok(None) };
+        slice.used = clock;
+        Ok(Some(slice))
     }
 
     fn make_room(&mut self) -> Result<(), ImageError> {
@@ -373,5 +371,75 @@ impl Refcounts {
             self.unnamed.remove(index);
         }
         Ok(())
+    }
+
+    /// Bytes of slices that are kept.
+    #[cfg(test)]
+    pub(super) fn cached(&self) -> u64 {
+        self.slices.len() as u64 * self.slice_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::qcow2::header::Version;
+    use crate::storage::MemStorage;
+
+    /// A file of header, table and one block, which counts these.
+    fn three_clusters(refcount_order: u32) -> (Arc<dyn Storage>, Layout) {
+        let version = Version::V3;
+        let layout =
+            Layout { cluster_bits: 9, refcount_order, extended: false, data_file: false, version };
+        let mut bytes = vec![0; 3 * 512];
+        bytes[512..520].copy_from_slice(&1024u64.to_be_bytes());
+        (0..3).for_each(|i| entry::set_refcount(&mut bytes[1024..], refcount_order, i, 1));
+        (Arc::new(MemStorage::new(bytes)), layout)
+    }
+
+    #[test]
+    fn a_table_that_is_full_grows_and_the_limit_of_memory_is_kept() {
+        for order in [5, 6] {
+            let (storage, layout) = three_clusters(order);
+            let mut counts =
+                Refcounts::read(Arc::clone(&storage), layout, (512, 1), 0).expect("a table");
+            let mut map = MetadataMap::default();
+            counts.map(&mut map).expect("no overlap");
+            let (mut at, mut tables) = ((512, 1), 0);
+            let last = 5 * counts.end();
+            for cluster in (3..last).step_by(17) {
+                while cluster >= counts.end() {
+                    let new = counts.grow(&mut map).expect("room");
+                    (at, tables) = ((new.offset, new.clusters), tables + 1);
+                    map.remove(new.old.clone());
+                    new.old.for_each(|c| assert_eq!(counts.change(c, -1).expect("a count"), 0));
+                }
+                counts.ensure_block(cluster, &mut map).expect("a block");
+                counts.change(cluster, 1).expect("a count");
+                assert!(counts.cached() <= 4 * 512);
+            }
+            assert!(tables >= 2, "{tables}");
+            counts.write_dirty().expect("write");
+            let blocks = counts.unnamed_blocks();
+            counts.name_blocks(&blocks).expect("write");
+            let mut again = Refcounts::read(storage, layout, at, 0).expect("a table");
+            for cluster in 0..last {
+                let count = again.get(cluster).expect("a count");
+                assert_eq!(count, counts.get(cluster).expect("a count"), "cluster {cluster}");
+                let expected = map.overlap(cluster..cluster + 1).is_some()
+                    || (cluster >= 3 && (cluster - 3).is_multiple_of(17));
+                assert!(count > 0 || !expected, "cluster {cluster} is not counted");
+            }
+        }
+    }
+
+    #[test]
+    fn counts_neither_wrap_nor_exceed_their_width() {
+        let (storage, layout) = three_clusters(0);
+        let mut counts = Refcounts::read(storage, layout, (512, 1), 0).expect("a table");
+        assert!(matches!(counts.change(1, 1), Err(ImageError::NoSpace(_))));
+        assert!(matches!(counts.change(5, -1), Err(ImageError::Corrupt(_))));
+        assert_eq!(counts.change(1, -1).expect("a count"), 0);
+        assert_eq!(counts.get(counts.end() + 9).expect("nothing there"), 0);
     }
 }
