@@ -92,7 +92,7 @@ impl DirtyBits {
             if !self.get(at) {
                 return false;
             }
-            let skip = at % 64 == 0 && self.load(at) == u64::MAX;
+            let skip = at.is_multiple_of(64) && self.load(at) == u64::MAX;
             at += if skip { 64 } else { 1 };
         }
         true
