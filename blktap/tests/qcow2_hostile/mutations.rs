@@ -181,7 +181,7 @@ fn tangled(good: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("data in the L1 table", with(&[(p.l2 + 32, p.l1 | copied)])),
         ("data in the refcount table", with(&[(p.l2 + 32, p.table | copied)])),
         ("data in a refcount block", with(&[(p.l2 + 32, p.block | copied)])),
-        ("two clusters in one place", with(&[(p.l2 + 8, be(good, p.l2, 8))])),
+        ("two clusters in one place", with(&[(p.l2 + 16, be(good, p.l2, 8))])),
         ("the refcount table is its own block", with(&[(p.table, p.table)])),
         ("two refcount blocks in one", with(&[(p.table + 8, p.block)])),
         ("L1 and refcount table in one", with(&[(48, p.l1)])),
