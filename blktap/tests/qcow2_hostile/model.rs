@@ -123,8 +123,9 @@ impl<'a> Model<'a> {
             seen.push(kind);
             at += (8 + len).next_multiple_of(8);
         }
-        // No backing file, and none of the tables so far behind that it overflows.
-        field(8, 8) == 0
+        // No raw data file, no backing file, and none of the tables so far behind that it overflows.
+        (!self.v3 || field(88, 8) & 2 == 0)
+            && field(8, 8) == 0
             && [self.l1, field(48, 8), field(64, 8)].iter().all(|at| *at < 1 << 55)
             && field(24, 8).is_multiple_of(512)
     }
@@ -143,6 +144,43 @@ impl<'a> Model<'a> {
         (at..at + len)
             .map(|i| usize::try_from(i).ok().and_then(|i| self.bytes.get(i)).copied().unwrap_or(0))
             .collect()
+    }
+
+    /// Where cluster `number` has its data, and the clusters of the file that are tables: what
+    /// lies in them is not only data.
+    pub fn is_tangled(&self, number: u64, tables: &std::collections::HashSet<u64>) -> bool {
+        let (cluster, entry_bytes) = (1u64 << self.bits, if self.extended { 16 } else { 8 });
+        let per_l2 = cluster / entry_bytes;
+        let l2 = be(self.bytes, self.l1 + number / per_l2 * 8, 8) & 0x00ff_ffff_ffff_fe00;
+        let word = be(self.bytes, l2 + number % per_l2 * entry_bytes, 8);
+        let first = match word >> 62 & 1 {
+            1 => word & ((1 << (70 - self.bits)) - 1),
+            _ => word & 0x00ff_ffff_ffff_fe00,
+        };
+        let first = first >> self.bits;
+        (first..first + 3).any(|at| tables.contains(&at)) || !self.is_alone(l2)
+    }
+
+    /// Whether an L2 table lies in no other table.
+    fn is_alone(&self, l2: u64) -> bool {
+        let at = l2 >> self.bits;
+        let l1 = self.l1 >> self.bits..=(self.l1 + self.l1_entries * 8) >> self.bits;
+        let refcounts = be(self.bytes, 48, 8) >> self.bits;
+        at != 0 && !l1.contains(&at) && at != refcounts
+    }
+
+    /// Clusters of the file with tables in them.
+    pub fn tables(&self) -> std::collections::HashSet<u64> {
+        let (bits, field) = (self.bits, |at, len| be(self.bytes, at, len));
+        let mut all = std::collections::HashSet::from([0]);
+        let end = (self.bytes.len() as u64 >> bits) + 1;
+        let tables = [(self.l1, self.l1_entries * 8), (field(48, 8), field(56, 4) << bits)];
+        for (at, len) in tables {
+            all.extend((at >> bits..=(at + len) >> bits).take_while(|c| *c <= end));
+            let entries = (0..len / 8).take_while(|i| at + i * 8 < self.bytes.len() as u64);
+            all.extend(entries.map(|i| (field(at + i * 8, 8) & 0x00ff_ffff_ffff_fe00) >> bits));
+        }
+        all
     }
 
     /// What cluster `number` reads as; there is no backing file.

@@ -3,10 +3,9 @@
 use super::compare::{self, Settle};
 use super::copied::{self, Mend};
 use super::image::{Image, OnProgress};
-use super::rebuild;
 use super::report::CheckReport;
-use super::walk::{Follow, Sight};
-use super::{examine, walk};
+use super::walk::Sight;
+use super::{examine, rebuild};
 use crate::formats::ImageError;
 use crate::formats::qcow2::header::{AUTOCLEAR_BITMAPS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
 use crate::storage::{Access, Storage};
@@ -82,27 +81,27 @@ impl Job<'_> {
         f(&Image::new(self.storage, &header, self.memory, self.progress)?)
     }
 
-    /// Repairs what refers to clusters, then what counts the references too low.
+    /// Repairs refcounts that are too low, then entries that can be said in a sound way.
     fn repair_references(&self, first: &Sight) -> Result<(), ImageError> {
         if first.bitmaps_broken {
             // Without the bit there are no bitmaps, and what they had is a leak.
             self.clear_bits(AUTOCLEAR, AUTOCLEAR_BITMAPS, |header| header.autoclear)?;
         }
-        if first.mendable {
-            self.with_image(|image| {
-                let tables = walk::Walk::new(image, 0, Follow::All).l1_tables()?;
-                copied::mend(image, &tables)?;
-                image.sync()
-            })?;
-        }
         self.with_image(|image| {
-            let mended = first.bitmaps_broken || first.mendable;
-            let now = if mended { Some(examine(image)?) } else { None };
+            let now = if first.bitmaps_broken { Some(examine(image)?) } else { None };
             let sight = now.as_ref().unwrap_or(first);
             match sight.rebuild {
                 true => rebuild::rebuild(image, sight),
                 false => compare::settle_all(image, Settle::Raise),
             }
+        })?;
+        if !first.mendable {
+            return Ok(());
+        }
+        // What the entries let go of is a leak afterwards.
+        self.with_image(|image| {
+            copied::flags(image, Mend::Entries, &mut Sight::default())?;
+            image.sync()
         })
     }
 
