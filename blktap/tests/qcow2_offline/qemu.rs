@@ -95,7 +95,8 @@ impl Image {
         let raw = self.dir.path().join("snapshot.raw");
         let to = raw.to_str().expect("UTF-8");
         let of = format!("snapshot.name={name}");
-        let args = ["convert", "-t", "unsafe", "-f", "qcow2", "-l", &of, "-O", "raw", self.name(), to];
+        let args =
+            ["convert", "-t", "unsafe", "-f", "qcow2", "-l", &of, "-O", "raw", self.name(), to];
         run("qemu-img", &args).status.success().then(|| std::fs::read(raw).expect("a raw disk"))
     }
 

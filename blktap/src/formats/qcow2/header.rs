@@ -376,7 +376,7 @@ impl Header {
         if self.version == Version::V3 {
             list.push(extension::feature_names());
         }
-        list.extend(self.bitmaps.as_ref().map(BitmapsExtension::to_extension));
+        list.extend(self.bitmaps.map(BitmapsExtension::to_extension));
         list.extend(self.unknown_extensions.iter().cloned());
         // Small clusters have no room for names.
         let bytes: usize = list.iter().map(|e| 8 + e.data.len().next_multiple_of(8)).sum();
