@@ -59,14 +59,8 @@ pub enum L2Cache {
     All,
 }
 
-/// What becomes of an image that was not closed and whose refcounts may be wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dirty {
-    /// It is repaired when it is opened for writing.
-    Repair,
-    /// It can only be read.
-    Refuse,
-}
+/// Makes the refcounts of an image right that was not closed, and clears its dirty bit.
+pub type Repair = fn(&Arc<dyn Storage>) -> Result<(), ImageError>;
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -75,14 +69,15 @@ pub struct Qcow2Options {
     pub l2_cache: L2Cache,
     /// Most bytes of refcount blocks in memory, at least four slices of 4 KiB.
     pub refcount_cache: u64,
-    /// Images with the dirty bit.
-    pub dirty: Dirty,
+    /// What is called when an image with the dirty bit is opened for writing, by default
+    /// [`check::repair_dirty`]; without, that fails.
+    pub repair: Option<Repair>,
 }
 
 impl Default for Qcow2Options {
     fn default() -> Self {
         let (l2_cache, refcount_cache) = (L2Cache::Bytes(32 << 20), 1 << 20);
-        Qcow2Options { l2_cache, refcount_cache, dirty: Dirty::Repair }
+        Qcow2Options { l2_cache, refcount_cache, repair: Some(check::repair_dirty) }
     }
 }
 
@@ -148,7 +143,7 @@ impl Qcow2 {
         let refcounts = Refcounts::read(Arc::clone(&file), layout, at, limit)?;
         if access == Access::ReadWrite {
             map_tables(&header, &l1, &mut map)?;
-            map_snapshots(&header, &*file, &mut map)?;
+            map_snapshots(&header, &file, &mut map)?;
             refcounts.map(&mut map)?;
         }
         let slices = slices(&layout, header.disk_size(), options.l2_cache);
@@ -246,11 +241,11 @@ fn prepare_header(
         return Err(ImageError::Corrupt(text.into()));
     }
     if header.is_dirty() {
-        if options.dirty == Dirty::Refuse {
+        let Some(repair) = options.repair else {
             let text = "it was not closed properly and must be repaired before it is written";
             return Err(ImageError::Invalid(text.into()));
-        }
-        check::repair_dirty(file)?;
+        };
+        repair(file)?;
         *header = Header::read(&**file)?;
         header.check_tables()?;
     }
@@ -316,24 +311,28 @@ fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), 
     Ok(())
 }
 
-/// Adds the tables of snapshots.
+/// Adds the snapshot table and the snapshots' L1 tables to the map of metadata.
 fn map_snapshots(
     header: &Header,
-    file: &dyn Storage,
+    file: &Arc<dyn Storage>,
     map: &mut MetadataMap,
 ) -> Result<(), ImageError> {
-    if header.snapshot_count == 0 {
-        return Ok(());
-    }
-    let cluster = 1 << header.cluster_bits;
-    let mut kind = Kind::Snapshots;
-    for (at, bytes) in snapshots::tables(file, header)? {
+    let bits = header.cluster_bits;
+    let mut add = |what: &str, at: u64, bytes: u64, kind| {
         let end = at.checked_add(bytes).filter(|end| *end < i64::MAX as u64);
-        let Some(end) = end.filter(|_| at.is_multiple_of(cluster)) else {
-            return Err(ImageError::Corrupt(format!("a snapshot's table at {at:#x}")));
-        };
-        map.add(at / cluster..end.div_ceil(cluster), kind)?;
-        kind = Kind::InactiveL1;
+        match end {
+            Some(end) if at.is_multiple_of(1 << bits) => {
+                map.add(at >> bits..end.div_ceil(1 << bits), kind)
+            }
+            _ => Err(ImageError::Corrupt(format!("{what} at {at:#x}"))),
+        }
+    };
+    if header.snapshot_count > 0 {
+        let (bytes, tables) = snapshots::tables(&**file, header)?;
+        add("the snapshot table", header.snapshots_offset, bytes, Kind::Snapshots)?;
+        for (at, bytes) in tables {
+            add("a snapshot's L1 table", at, bytes, Kind::InactiveL1)?;
+        }
     }
     Ok(())
 }

@@ -114,6 +114,19 @@ impl History {
         self.sectors[sector as usize].versions.push(Version { tag, bytes, from });
     }
 
+    /// What is there now is durable; time begins anew.
+    pub fn forget(&mut self) {
+        let size = self.size();
+        for sector in &mut self.sectors {
+            sector.versions.drain(..sector.versions.len() - 1);
+            sector.versions[0].from = 0;
+            sector.certain = 0;
+        }
+        self.sizes = vec![(size, 0)];
+        self.flushes.clear();
+        self.snapshots.retain(|s| s.deleted.is_none());
+        self.snapshots.iter_mut().for_each(|s| (s.created, s.certain) = (0, Some(0)));
+    }
     /// Sectors as of now.
     pub fn size(&self) -> u64 {
         self.sizes.last().map_or(0, |s| s.0)

@@ -5,6 +5,7 @@
 //! `RINGBACK_TEST_CASE=vhd` only what is about VHD.
 mod case;
 mod cases;
+mod differential;
 mod direct;
 mod failing;
 mod history;

@@ -135,11 +135,16 @@ fn look(
     let files = journal.storages();
     sound(case, &files)?;
     let names = readable(case, &files, allowed)?;
-    for (name, tags) in allowed.snapshots(&names)? {
-        snapshot_whole(case, &state, &name, tags)?;
+    let snapshots = allowed.snapshots(&names)?;
+    for (name, tags) in &snapshots {
+        snapshot_whole(case, &state, name, tags)?;
     }
     if plan.used > 0 && random.one_in(plan.used) {
-        usable(case, &state, random)?;
+        let used = usable(case, &state, random)?;
+        for (name, tags) in &snapshots {
+            let whole = snapshot_whole(case, &used, name, tags);
+            whole.map_err(|e| format!("further use: {e}"))?;
+        }
         if case.mends() {
             mended(case, &state, allowed)?;
         }
@@ -200,8 +205,12 @@ fn snapshot_whole(
     Ok(())
 }
 
-/// Writes to it harm nothing: what is used is not handed out as free.
-fn usable(case: &dyn Case, state: &[SparseBytes], random: &mut Random) -> Result<(), String> {
+/// Writes to it harm nothing: what is used is not handed out as free. Gives the image then.
+fn usable(
+    case: &dyn Case,
+    state: &[SparseBytes],
+    random: &mut Random,
+) -> Result<Vec<SparseBytes>, String> {
     const FIRST: u32 = 0x4000_0000;
     let journal = Journal::new(state.to_vec());
     let files = journal.storages();
@@ -227,7 +236,7 @@ fn usable(case: &dyn Case, state: &[SparseBytes], random: &mut Random) -> Result
     sound(case, &files).map_err(|e| format!("further use: {e}"))?;
     let driver = open().map_err(failed)?;
     match driver.read(0..size).map_err(failed)? == expected {
-        true => Ok(()),
+        true => Ok(journal.now()),
         false => Err("further use: opened again it reads differently".into()),
     }
 }

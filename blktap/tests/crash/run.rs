@@ -139,6 +139,21 @@ impl<'a> Run<'a> {
         run
     }
 
+    /// Goes on with the image of another run, which was closed, in other files.
+    pub fn after(run: Run<'a>, journal: &Arc<Journal>, files: Vec<Arc<dyn Storage>>) -> Self {
+        let journal = Arc::clone(journal);
+        let mut run = Run { files, journal, ..run };
+        run.history.forget();
+        run.driver = Some(run.open().expect("it opens again"));
+        run
+    }
+
+    /// The bytes that the disk has.
+    pub fn expected(&self) -> Vec<u8> {
+        let sectors = 0..self.history.size();
+        sectors.flat_map(|s| bytes_of(self.history.live(s), s..s + 1)).collect()
+    }
+
     fn open(&self) -> Result<Driver, ImageError> {
         Driver::new(self.case.open(&self.files)?, self.way)
     }
@@ -213,7 +228,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn close(&mut self) {
+    /// Closes the image.
+    pub fn close(&mut self) {
         match self.driver.take().map(Driver::close) {
             Some(Ok(())) => self.history.flushed(self.journal.len()),
             Some(Err(_)) => self.stopped += 1,

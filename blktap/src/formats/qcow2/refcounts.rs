@@ -133,10 +133,11 @@ impl Refcounts {
             self.slices.insert(number, RefSlice { bytes, dirty: false, used: 0 });
         }
         let clock = self.clock;
-        Ok(self.slices.get_mut(&number).map(|s| {
-            s.used = clock;
-            s
-        }))
+        let mut slice = self.slices.get_mut(&number);
+        if let Some(slice) = &mut slice {
+            slice.used = clock;
+        }
+        Ok(slice)
     }
 
     fn make_room(&mut self) -> Result<(), ImageError> {

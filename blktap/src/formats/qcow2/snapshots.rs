@@ -80,23 +80,22 @@ impl Which<'_> {
     }
 }
 
-/// Where the snapshot table and the snapshots' L1 tables lie: first byte and bytes of each, the
-/// snapshot table first.
-pub(super) fn tables(
-    storage: &dyn Storage,
-    header: &Header,
-) -> Result<Vec<(u64, u64)>, ImageError> {
-    let table = table::read(storage, header)?;
-    let l1 = table.entries.iter().map(|e| (e.l1_offset, u64::from(e.l1_entries) * 8));
-    Ok(std::iter::once((header.snapshots_offset, table.bytes)).chain(l1).collect())
-}
-
 /// The snapshots of an image, whatever state it is in.
 pub fn list(storage: &dyn Storage) -> Result<Vec<Snapshot>, ImageError> {
     let header = Header::read(storage)?;
     header.check_tables()?;
     let entries = table::read(storage, &header)?.entries;
     Ok(entries.iter().map(|entry| snapshot(entry, &header)).collect())
+}
+
+/// Bytes of the snapshot table, and where the snapshots' L1 tables are: (first byte, bytes).
+pub(super) fn tables(
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<(u64, Vec<(u64, u64)>), ImageError> {
+    let table = table::read(storage, header)?;
+    let l1 = table.entries.iter().map(|e| (e.l1_offset, u64::from(e.l1_entries) * 8));
+    Ok((table.bytes, l1.collect()))
 }
 
 fn snapshot(entry: &Entry, header: &Header) -> Snapshot {

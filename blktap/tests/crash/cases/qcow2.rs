@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use blktap::formats::qcow2::header::Header;
 use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
 use blktap::formats::qcow2::snapshots::{self, Which};
-use blktap::formats::qcow2::{Dirty, L2Cache, Qcow2, Qcow2Options, check};
+use blktap::formats::qcow2::{L2Cache, Qcow2, Qcow2Options, check};
 use blktap::formats::{Format, ImageError};
 use blktap::storage::Storage;
 use blktap::storage::record::SparseBytes;
@@ -15,24 +15,36 @@ use crate::case::{Case, Health, Layers, Mend, Special, Specials};
 use crate::history::{BASE, bytes_of};
 use crate::qemu;
 
-/// An image as `qemu-img create` makes it.
+/// What an image holds before anything is done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeroes.
+    Empty,
+    /// [`BASE`] in the first sectors, of a backing image.
+    Backing(u64),
+    /// The same, as `qemu-img convert` writes it.
+    Converted(u64),
+    /// The same, compressed.
+    Compressed(u64),
+}
+
+/// An image as QEMU makes it.
 pub struct Qcow2Case {
     name: String,
     cluster: u64,
     sectors: u64,
-    base: u64,
+    content: Content,
     files: Vec<SparseBytes>,
     /// Has the backing image, for QEMU.
     _folder: tempfile::TempDir,
 }
 
 impl Qcow2Case {
-    /// With these options of qemu-img, clusters of so many bytes, and a backing image of `base`
-    /// sectors.
-    pub fn new(options: &str, cluster: u64, sectors: u64, base: u64) -> Self {
+    /// With these options of qemu-img, and clusters of so many bytes.
+    pub fn new(options: &str, cluster: u64, sectors: u64, content: Content) -> Self {
         let folder = qemu::folder();
-        let [image, data, backing] =
-            ["image", "data", "backing"].map(|n| folder.path().join(n).display().to_string());
+        let [image, data, other] =
+            ["image", "data", "other"].map(|n| folder.path().join(n).display().to_string());
         let mut with = format!("cluster_size={cluster}");
         if !options.is_empty() {
             with = format!("{with},{options}");
@@ -41,25 +53,62 @@ impl Qcow2Case {
         if has_data {
             with = format!("{with},data_file={data}");
         }
-        if base > 0 {
-            std::fs::write(&backing, bytes_of(BASE, 0..base)).expect("a backing image");
-            with = format!("{with},backing_file={backing},backing_fmt=raw");
-        }
-        let size = (sectors * 512).to_string();
-        let made = qemu::run("qemu-img", &["create", "-f", "qcow2", "-o", &with, &image, &size]);
-        assert!(made.status.success(), "{with}: {}", String::from_utf8_lossy(&made.stderr));
-        let read = |name| SparseBytes::of(&std::fs::read(name).expect("what qemu-img made"));
-        let mut files = vec![read(&image)];
-        if has_data {
-            files.push(read(&data));
-        }
-        let name = match options {
-            "" => format!("qcow2 {cluster}"),
-            _ => format!("qcow2 {cluster} {options}"),
+        let (Content::Backing(n) | Content::Converted(n) | Content::Compressed(n)) = content else {
+            let size = (sectors * 512).to_string();
+            make(&["create", "-f", "qcow2", "-o", &with, &image, &size]);
+            return Self::made(options, cluster, sectors, content, folder);
         };
-        let name = if base > 0 { format!("{name} overlay") } else { name };
-        Qcow2Case { name, cluster, sectors, base, files, _folder: folder }
+        let mut bytes = bytes_of(BASE, 0..n);
+        if let Content::Backing(_) = content {
+            std::fs::write(&other, bytes).expect("a backing image");
+            with = format!("{with},backing_file={other},backing_fmt=raw");
+            let size = (sectors * 512).to_string();
+            make(&["create", "-f", "qcow2", "-o", &with, &image, &size]);
+        } else {
+            bytes.resize(sectors as usize * 512, 0);
+            std::fs::write(&other, bytes).expect("a raw image");
+            let packed = if matches!(content, Content::Compressed(_)) { &["-c"][..] } else { &[] };
+            let plain = ["convert", "-f", "raw", "-O", "qcow2", "-o", &with, &other, &image];
+            make(&[&plain[..1], packed, &plain[1..]].concat());
+        }
+        Self::made(options, cluster, sectors, content, folder)
     }
+
+    fn made(
+        options: &str,
+        cluster: u64,
+        sectors: u64,
+        content: Content,
+        folder: tempfile::TempDir,
+    ) -> Self {
+        let read = |name| {
+            let bytes = std::fs::read(folder.path().join(name));
+            SparseBytes::of(&bytes.expect("what qemu-img made"))
+        };
+        let mut files = vec![read("image")];
+        if options.contains("data_file") {
+            files.push(read("data"));
+        }
+        let what = match content {
+            Content::Empty => "",
+            Content::Backing(_) => " overlay",
+            Content::Converted(_) => " converted",
+            Content::Compressed(_) => " compressed",
+        };
+        let options = if options.is_empty() { String::new() } else { format!(" {options}") };
+        let name = format!("qcow2 {cluster}{options}{what}");
+        Qcow2Case { name, cluster, sectors, content, files, _folder: folder }
+    }
+
+    /// Sectors of the backing image.
+    fn below(&self) -> u64 {
+        if let Content::Backing(n) = self.content { n } else { 0 }
+    }
+}
+
+fn make(args: &[&str]) {
+    let made = qemu::run("qemu-img", args);
+    assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
 }
 
 impl Case for Qcow2Case {
@@ -70,7 +119,10 @@ impl Case for Qcow2Case {
         self.sectors
     }
     fn base(&self) -> u64 {
-        self.base
+        match self.content {
+            Content::Empty => 0,
+            Content::Backing(n) | Content::Converted(n) | Content::Compressed(n) => n,
+        }
     }
     fn files(&self) -> usize {
         self.files.len()
@@ -89,12 +141,12 @@ impl Case for Qcow2Case {
         let options = Qcow2Options {
             l2_cache: L2Cache::Bytes(8 << 10),
             refcount_cache: 16 << 10,
-            dirty: Dirty::Repair,
+            repair: Some(repair),
         };
         let image = Qcow2::open(Arc::clone(&files[0]), files.get(1).cloned(), &options)?;
         let mut layers: Vec<Arc<dyn Format>> = vec![Arc::new(image)];
-        if self.base > 0 {
-            layers.push(base(self.base)?);
+        if self.below() > 0 {
+            layers.push(base(self.below())?);
         }
         Ok(layers)
     }
@@ -107,9 +159,18 @@ impl Case for Qcow2Case {
                 check::repair(file, check::Repair::All, check::CHECK_MEMORY, &check::unwatched)?
             }
         };
-        // Refcounts of a dirty image are rebuilt before it is used.
-        let corruptions = if dirty { 0 } else { report.corruptions + report.check_errors };
-        let why = report.findings.iter().map(|f| f.text.clone()).collect();
+        let mut why: Vec<_> = report.findings.into_iter().map(|f| f.text).collect();
+        let corruptions = match mend {
+            // Refcounts of a dirty image are rebuilt before it is used.
+            Mend::Nothing if dirty => 0,
+            // A refcount and the flag that says whether it is 1 are never changed at once: while
+            // a snapshot is made the count is the higher one, which the flag may not know yet.
+            Mend::Nothing if why.iter().any(|text| text.contains("copied flag")) => {
+                why.retain(|text| !text.contains("copied flag") && !is_leak(text));
+                why.len() as u64
+            }
+            _ => report.corruptions + report.check_errors,
+        };
         Ok(Health { corruptions, leaks: report.leaks, why })
     }
     fn mends(&self) -> bool {
@@ -124,8 +185,8 @@ impl Case for Qcow2Case {
             Special::Apply(name) => snapshots::apply(file, Which::Name(name)),
             Special::Delete(name) => snapshots::delete(file, Which::Name(name)),
             Special::Resize(size) => {
-                let below = BaseDisk(self.base);
-                let below: Option<&dyn Below> = if self.base > 0 { Some(&below) } else { None };
+                let below = BaseDisk(self.below());
+                let below: Option<&dyn Below> = if self.below() > 0 { Some(&below) } else { None };
                 let around = Around { data_file: files.get(1).map(|f| &**f), below };
                 resize::resize(file, around, *size, Shrink::Allow)
             }
@@ -145,6 +206,20 @@ impl Case for Qcow2Case {
     }
     fn qemu(&self) -> Option<&'static str> {
         (self.files.len() == 1).then_some("qcow2")
+    }
+}
+
+/// "cluster 5 has refcount 2 and is used 1 times".
+fn is_leak(text: &str) -> bool {
+    let numbers: Vec<u64> = text.split(' ').filter_map(|word| word.parse().ok()).collect();
+    text.contains("has refcount") && matches!(numbers[..], [_, counted, used] if counted > used)
+}
+
+fn repair(file: &Arc<dyn Storage>) -> Result<(), ImageError> {
+    let done = check::repair(&**file, check::Repair::All, check::CHECK_MEMORY, &check::unwatched)?;
+    match done.corruptions {
+        0 => Ok(()),
+        n => Err(ImageError::Corrupt(format!("{n} corruptions are left"))),
     }
 }
 

@@ -66,6 +66,8 @@ impl Chunk {
 pub(super) struct Counts {
     chunks: BTreeMap<u64, Chunk>,
     window: Range<u64>,
+    /// No cluster behind it was counted.
+    last: u64,
     bytes: usize,
     limit: usize,
 }
@@ -73,7 +75,7 @@ pub(super) struct Counts {
 impl Counts {
     /// Of the clusters from `start` on, in about `limit` bytes.
     pub(super) fn new(start: u64, limit: usize) -> Self {
-        Counts { chunks: BTreeMap::new(), window: start..u64::MAX, bytes: 0, limit }
+        Counts { chunks: BTreeMap::new(), window: start..u64::MAX, last: 0, bytes: 0, limit }
     }
 
     /// The clusters that are counted.
@@ -86,6 +88,7 @@ impl Counts {
         if !self.window.contains(&cluster) || n == 0 {
             return;
         }
+        self.last = self.last.max(cluster);
         let (chunk, at) = (cluster / CHUNK, (cluster % CHUNK) as usize);
         let chunk = self.chunks.entry(chunk).or_insert_with(|| {
             self.bytes += CHUNK as usize / 4;
@@ -122,7 +125,8 @@ impl Counts {
     /// The clusters with a count, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u32)> {
         self.chunks.iter().flat_map(|(number, chunk)| {
-            (0..CHUNK as usize)
+            let end = (self.last + 1).saturating_sub(number * CHUNK).min(CHUNK);
+            (0..end as usize)
                 .map(move |at| (number * CHUNK + at as u64, chunk.get(at)))
                 .filter(|(_, count)| *count > 0)
         })
