@@ -104,10 +104,10 @@ pub struct Run {
     /// (persistent or copy), depth, size_mib, work_mib, seconds.
     #[arg(value_name = "GUEST.TOML")]
     pub file: Option<PathBuf>,
-    /// Use a throw-away copy of this image (FORMAT:PATH; without a format, raw).
+    /// Use a throw-away overlay over this image (FORMAT:PATH; without a format, raw).
     #[arg(long, value_name = "FORMAT:PATH")]
     pub disk: Option<String>,
-    /// Read the named images instead of copying them.
+    /// Read the named images in place.
     #[arg(long, conflicts_with = "overwrite")]
     pub read_only: bool,
     /// Write to the named images themselves: THEIR CONTENT IS LOST.

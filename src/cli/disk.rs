@@ -83,7 +83,7 @@ pub struct Create {
     #[arg(short, long, value_name = "LIST")]
     pub options: Vec<String>,
     /// The image it builds on.
-    #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+    #[arg(short, long, value_name = "FILE")]
     pub backing: Option<String>,
     /// The backing image's format.
     #[arg(short = 'F', long, value_name = "FORMAT")]
@@ -176,7 +176,7 @@ pub struct Convert {
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
     /// The target builds on this image, which has what the source has not of its own.
-    #[arg(short = 'B', long, value_name = "FILE", requires = "backing_format")]
+    #[arg(short = 'B', long, value_name = "FILE")]
     pub backing: Option<String>,
     /// The backing image's format.
     #[arg(short = 'F', long, value_name = "FORMAT")]

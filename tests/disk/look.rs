@@ -160,7 +160,22 @@ fn what_cannot_be_checked_says_so_as_qemu_img_does() {
 fn measure_agrees() {
     let place = Place::new();
     chain(&place);
-    for args in [&["--size", "1000"][..], &["--size", "3G"], &["-O", "raw", "top.qcow2"]] {
+    place.qemu_img(&["convert", "-O", "qcow2", "base.raw", "marked.qcow2"]);
+    place.qemu_img(&["bitmap", "--add", "marked.qcow2", "b"]);
+    let small = "cluster_size=512,refcount_bits=1";
+    for args in [
+        &["--size", "1000"][..],
+        &["--size", "3G"],
+        &["--size", "3G", "-O", "qcow2"],
+        &["--size", "3G", "-O", "qcow2", "-o", small],
+        &["--size", "3G", "-O", "qcow2", "-o", "preallocation=full,extended_l2=on"],
+        &["-O", "raw", "top.qcow2"],
+        &["-O", "qcow2", "base.raw"],
+        &["-O", "qcow2", "-o", small, "base.raw"],
+        &["-O", "qcow2", "top.qcow2"],
+        &["-O", "qcow2", "-o", "cluster_size=2M", "top.qcow2"],
+        &["-O", "qcow2", "marked.qcow2"],
+    ] {
         let ours = place.ok(&[&["measure", "--json"], args].concat()).json();
         let theirs = place.qemu_img(&[&["measure", "--output=json"], args].concat()).json();
         assert_eq!(keys(&ours, &theirs), theirs, "{args:?}");

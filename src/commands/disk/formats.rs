@@ -155,9 +155,9 @@ pub fn measure(
     options: &mut Options,
     source: Option<&Opened>,
 ) -> Result<Measured> {
-    let _ = source;
     match format {
         ImageFormat::Raw => raw::measure(size, options),
+        ImageFormat::Qcow2 => qcow2::measure(size, options, source),
         other => lacks(other, "measure", "raw and qcow2 have"),
     }
 }

@@ -92,6 +92,18 @@ impl CreateOptions {
         }
     }
 
+    /// How the image's tables will be laid out; an error if the options make no sense.
+    pub fn layout(&self) -> Result<Layout, ImageError> {
+        self.check()?;
+        Ok(Layout {
+            cluster_bits: self.cluster_size.trailing_zeros(),
+            refcount_order: self.refcount_bits.trailing_zeros(),
+            extended: self.extended_l2,
+            data_file: self.data_file.is_some(),
+            version: self.version,
+        })
+    }
+
     /// Says what of the options makes no sense, alone or together.
     fn check(&self) -> Result<(), ImageError> {
         let bits = self.cluster_size.trailing_zeros();

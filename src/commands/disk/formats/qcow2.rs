@@ -8,19 +8,22 @@ use std::time::SystemTime;
 use blktap::copy::{self, Copied, CopyOptions, Plan as CopyPlan};
 use blktap::formats::qcow2::check::{self, CHECK_MEMORY, Repair as Repairs};
 use blktap::formats::qcow2::create::{CreateOptions, DataFile, DataFileKind, Preallocation};
+use blktap::formats::qcow2::entry::Layout;
 use blktap::formats::qcow2::header::{Compression, Header, Version};
+use blktap::formats::qcow2::measure::{self, Preallocated};
 use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
 use blktap::formats::qcow2::snapshots::{self, Snapshot, SnapshotView, Which};
 use blktap::formats::qcow2::{Qcow2, Qcow2Options, create};
 use blktap::formats::{BackingName, Format, ImageError};
-use blktap::image::ImageFormat;
+use blktap::image::{ImageFormat, StatusPlace};
 use blktap::storage::{Access, Cache, FileStorage, Storage};
-use blktap::{Disk, DiskQueue, ImageDisk, blocking};
+use blktap::{Disk, DiskQueue, ImageDisk, Kept, blocking};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::super::check::Checked;
 use super::super::create::{NewBacking, NewImage, failed, open_new};
+use super::super::measure::Measured;
 use super::super::open::{Opened, Opening, beside};
 use super::super::options::Options;
 use super::super::resize::Wanted;
@@ -335,4 +338,81 @@ pub fn pack(
     let copied = copy::copy_packed(&*source.disk, &pack, &how, plan, &mut tick)?;
     image.close().map_err(about(&name))?;
     Ok(copied)
+}
+
+/// How large an image would be, with the options of a new one.
+pub fn measure(size: u64, given: &mut Options, source: Option<&Opened>) -> Result<Measured> {
+    let options = understand(given, size)?;
+    let over = given.take("backing_file").is_some();
+    given.take("backing_fmt");
+    let size = size.checked_next_multiple_of(512).ok_or_else(|| Usage("too large".into()))?;
+    let layout = options.layout()?;
+    let preallocated = match options.preallocation {
+        Preallocation::Off | Preallocation::Metadata => Preallocated::Nothing,
+        Preallocation::Falloc | Preallocation::Full => Preallocated::Data,
+    };
+    let data = match source {
+        Some(source) => data_bytes(source, size, options.cluster_size, over)?,
+        None => 0,
+    };
+    let measured = measure::measure(&layout, size, data, preallocated)?;
+    Ok(Measured {
+        required: measured.required,
+        fully_allocated: measured.fully_allocated,
+        bitmaps: source.map(|s| bitmap_bytes(s, &layout, size)).transpose()?.flatten(),
+    })
+}
+
+/// Bytes of the clusters that a copy would write.
+fn data_bytes(source: &Opened, size: u64, cluster: u64, over: bool) -> Result<u64> {
+    let layers = if over { 1 } else { usize::MAX };
+    let (mut at, mut data, mut counted) = (0, 0, 0);
+    while at < size {
+        let (len, has_data) = stretch(source, at..size, layers)?;
+        if has_data {
+            // Whole clusters; the last of the stretch before may be the first of this one.
+            let start = (at - at % cluster).max(counted);
+            counted = (at + len).next_multiple_of(cluster);
+            data += counted.saturating_sub(start);
+        }
+        at += len;
+    }
+    Ok(data)
+}
+
+/// How long the first stretch is, and whether it has data.
+fn stretch(source: &Opened, range: std::ops::Range<u64>, layers: usize) -> Result<(u64, bool)> {
+    let range = range.start..range.end.min(range.start + (1 << 32));
+    let Some(image) = &source.image else {
+        let mut regions = Vec::new();
+        source.disk.map(range, &mut regions)?;
+        let first = regions.iter().find(|r| r.len > 0).ok_or("a map that does not go on")?;
+        return Ok((first.len, first.kept == Kept::Data));
+    };
+    let mut found = Vec::new();
+    image.status(range, layers, &mut found)?;
+    let first = found.first().ok_or("a map that does not go on")?;
+    let has_data = match first.place {
+        StatusPlace::Data { kept, .. } => kept == Kept::Data,
+        StatusPlace::Compressed => true,
+        StatusPlace::Zero | StatusPlace::Nowhere => false,
+    };
+    Ok((first.len, has_data))
+}
+
+/// What the source's bitmaps take in a copy; `None` where it cannot have any.
+fn bitmap_bytes(source: &Opened, layout: &Layout, size: u64) -> Result<Option<u64>> {
+    let Some(image) = source.image.as_ref().filter(|i| i.format().name() == "qcow2") else {
+        return Ok(None);
+    };
+    let Some(file) = image.format().files().first() else { return Ok(None) };
+    let header = Header::read(&**file)?;
+    if header.version == Version::V2 {
+        return Ok(None);
+    }
+    let all = blktap::formats::qcow2::bitmaps::list(&**file, &header)?;
+    let all = all.iter().filter(|b| !blktap::formats::qcow2::bitmaps::info(b).in_use);
+    let bytes =
+        measure::measure_bitmaps(layout, size, all.map(|b| (b.name.as_str(), b.granularity_bits)));
+    Ok(Some(bytes))
 }
