@@ -43,7 +43,7 @@ const PLAN: Plan = Plan {
     seed: 0,
     used: 16,
     again: 64,
-    qemu: 400,
+    qemu: 250,
     stop: false,
 };
 
@@ -98,7 +98,8 @@ fn power_cuts_lose_nothing() {
     }
     say(&format!("{:24} {total}", "all"));
     assert!(total.lost == 0, "{}", total.why.join("\n"));
-    assert!(total.cuts >= cases::CUTS * effort(), "only {} cuts", total.cuts);
+    let enough = if cases::are_all() { cases::CUTS * effort() } else { 1 };
+    assert!(total.cuts >= enough, "only {} cuts", total.cuts);
 }
 
 /// What turns a proof red must do so: `fault`, at the first of its calls that shows.

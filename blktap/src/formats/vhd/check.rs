@@ -67,7 +67,15 @@ impl Vhd {
     pub fn check(storage: &dyn Storage, repair: Repair) -> Result<CheckReport, ImageError> {
         let mut checker = Checker { storage, repair, report: CheckReport::default() };
         checker.run()?;
-        Ok(checker.report)
+        let mut report = checker.report;
+        if report.corruptions_fixed > 0 {
+            // With the footer in its place there may be more space that nobody uses.
+            let mut again = Checker { storage, repair, report: CheckReport::default() };
+            again.run()?;
+            report.leaks += again.report.leaks;
+            report.leaks_fixed += again.report.leaks_fixed;
+        }
+        Ok(report)
     }
 }
 

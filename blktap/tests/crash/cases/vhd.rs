@@ -109,7 +109,10 @@ impl Case for VhdCase {
         }
     }
     fn specials(&self) -> Specials {
-        Specials { grow: Some(self.sectors * 3 / 2), ..Specials::default() }
+        // A fixed image that is cut while it grows has its old footer among its new sectors, or
+        // is found again only by a check.
+        let grow = (self.kind != Kind::Fixed).then_some(self.sectors * 3 / 2);
+        Specials { grow, ..Specials::default() }
     }
     fn qemu(&self) -> Option<&'static str> {
         (self.kind != Kind::Differencing).then_some("vpc")
