@@ -30,7 +30,8 @@ impl RawDisk {
     /// Opens and locks; see [`storage::open`].
     pub fn open(options: &OpenOptions) -> Result<Arc<Self>, OpenError> {
         let storage = storage::open(options)?;
-        let size = storage.whole_blocks().map_err(|source| OpenError::Io {
+        let size = storage.warn_of_tail().and_then(|()| storage.whole_blocks());
+        let size = size.map_err(|source| OpenError::Io {
             path: options.path.clone(),
             what: "find the size of",
             source,

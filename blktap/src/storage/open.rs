@@ -121,6 +121,19 @@ impl FileStorage {
         let bytes = probe::size(&self.file, self.probe.kind)?;
         Ok(bytes - bytes % u64::from(self.probe.logical))
     }
+
+    /// Says in a log line that a tail which is no whole logical block is not part of a raw disk.
+    pub(crate) fn warn_of_tail(&self) -> io::Result<()> {
+        let tail = probe::size(&self.file, self.probe.kind)? % u64::from(self.probe.logical);
+        if tail != 0 {
+            tracing::warn!(
+                "{}: the last {tail} bytes are not a whole block of {} and are not part of the disk",
+                self.path.display(),
+                self.probe.logical
+            );
+        }
+        Ok(())
+    }
 }
 
 /// Opens, probes and locks `options.path`. Where direct I/O is not possible (the file system
@@ -166,7 +179,6 @@ pub fn open(options: &OpenOptions) -> Result<FileStorage, OpenError> {
         sync_failed: Arc::default(),
         unaligned: Arc::default(),
     };
-    warn_of_tail(&storage).map_err(|e| examine(options, e))?;
     Ok(storage)
 }
 
@@ -233,19 +245,6 @@ fn kind_of(found: io::Result<Metadata>, options: &OpenOptions) -> Result<FileKin
     } else {
         Err(OpenError::Kind(path))
     }
-}
-
-fn warn_of_tail(storage: &FileStorage) -> io::Result<()> {
-    let bytes = probe::size(&storage.file, storage.probe.kind)?;
-    let tail = bytes % u64::from(storage.probe.logical);
-    if tail != 0 {
-        tracing::warn!(
-            "{}: the last {tail} bytes are not a whole block of {} and are not part of the disk",
-            storage.path.display(),
-            storage.probe.logical
-        );
-    }
-    Ok(())
 }
 
 fn check_block(path: &Path, asked: u32) -> Result<u32, OpenError> {
