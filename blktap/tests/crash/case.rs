@@ -81,6 +81,10 @@ pub trait Case: Sync {
     fn mends(&self) -> bool {
         false
     }
+    /// Whether its refcounts are right only once it was mended.
+    fn is_lazy(&self) -> bool {
+        false
+    }
     /// Whether qemu-img can check that format.
     fn checked_by_qemu(&self) -> bool {
         true

@@ -190,6 +190,8 @@ fn snapshot_whole(
     let journal = Journal::new(state.to_vec());
     let files = journal.storages();
     let failed = |e| format!("snapshot {name}: {e}");
+    // Opening mends what was not closed.
+    drop(case.open(&files).map_err(failed)?);
     case.special(&files, &Special::Apply(name.to_owned())).map_err(failed)?;
     let image = case.open(&files).map_err(failed)?;
     let driver = Driver::new(image, Way::Direct).map_err(failed)?;

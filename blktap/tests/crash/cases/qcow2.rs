@@ -173,6 +173,9 @@ impl Case for Qcow2Case {
         };
         Ok(Health { corruptions, leaks: report.leaks, why })
     }
+    fn is_lazy(&self) -> bool {
+        self.name.contains("lazy_refcounts=on")
+    }
     fn mends(&self) -> bool {
         true
     }
