@@ -283,6 +283,11 @@ impl<'a> Run<'a> {
                 self.history.flushed(self.journal.len());
                 self.reopen()
             }
+            // Narrow refcounts allow few snapshots.
+            Err(e) if e.to_string().contains("do not fit refcounts") => {
+                self.reopen()?;
+                self.special_failed(special, from)
+            }
             Err(e) if self.trust == Trust::Working => Err(e.to_string()),
             Err(_) => {
                 self.stopped += 1;

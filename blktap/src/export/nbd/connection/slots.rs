@@ -16,6 +16,8 @@ use crate::disk::Op;
 pub const SLOTS: u32 = 128;
 /// Bytes of payload that one connection holds, beside its largest request.
 const MEMORY: usize = MAX_PAYLOAD as usize;
+/// A slot's memory beyond this is not kept for a request that needs little of it.
+const ROOMY: usize = 1 << 20;
 
 /// How far a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +139,10 @@ impl Slots {
     /// A slot with memory for `need` bytes; `None`: others must end first.
     pub fn take(&mut self, need: usize) -> io::Result<Option<u32>> {
         let Some(number) = self.free.last().copied() else { return Ok(None) };
-        if self.slots[number as usize].memory.len() < need && !self.grow(number, need)? {
+        // A small request must not hold on to what a large one left.
+        let has = self.slots[number as usize].memory.len();
+        let oversized = has > ROOMY && need > 0 && need < has / 16;
+        if (has < need || oversized) && !self.grow(number, need)? {
             return Ok(None);
         }
         self.free.pop();
@@ -197,7 +202,8 @@ mod tests {
         let most = MAX_PAYLOAD as usize;
         let first = slots.take(most).unwrap().unwrap();
         assert_eq!(slots.take(PAGE).unwrap(), None, "one such request is all that fits");
-        assert!(slots.take(0).unwrap().is_some(), "what needs no memory goes on");
+        let small = slots.take(0).unwrap().expect("what needs no memory goes on");
+        slots.give_back(small);
         slots.give_back(first);
         assert_eq!(slots.take(most).unwrap(), Some(first));
         assert_eq!(slots.held, most);
