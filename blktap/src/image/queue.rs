@@ -184,7 +184,11 @@ impl ImageQueue {
             LOAD => {
                 if let Some(index) = self.slots.parked(low) {
                     let slot = self.slots.get_mut(index);
-                    (slot.parked, slot.errno) = (Parked::No, errno);
+                    slot.parked = Parked::No;
+                    // A part that was sent before may have failed meanwhile.
+                    if slot.errno == 0 {
+                        slot.errno = errno;
+                    }
                     self.advance(index);
                 }
             }

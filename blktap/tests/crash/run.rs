@@ -113,6 +113,11 @@ pub struct Run<'a> {
     pub stopped: u64,
 }
 
+/// A snapshot that refcounts have no room for, or one that could not be made for that reason.
+fn is_refused(error: &str) -> bool {
+    error.contains("do not fit refcounts") || error.contains("there is no snapshot")
+}
+
 impl<'a> Run<'a> {
     /// Opens the image in `files`, which are or hide the journal's.
     pub fn new(
@@ -284,7 +289,7 @@ impl<'a> Run<'a> {
                 self.reopen()
             }
             // Narrow refcounts allow few snapshots.
-            Err(e) if e.to_string().contains("do not fit refcounts") => {
+            Err(e) if is_refused(&e.to_string()) => {
                 self.reopen()?;
                 self.special_failed(special, from)
             }

@@ -7,7 +7,7 @@ must mkfs.ext4 -q -F -d /scratch/golden "$raw"
 wanted=$(sha /scratch/golden/file)
 must qemu-img convert -f raw -O qcow2 "$raw" /scratch/golden.img
 before=$(sha /scratch/golden.img)
-must ringback disk create -q -f qcow2 -b golden.img -F qcow2 /scratch/overlay.img
+must ringback disk create -f qcow2 -b golden.img -F qcow2 /scratch/overlay.img
 VCPUS=2 CMDLINE=$BLKFRONT DISK1=$(disk xvda qcow2:/scratch/overlay.img)
 guest_start g
 features g xvda 2

@@ -7,7 +7,7 @@ must mkfs.ext4 -q -F -d /scratch/golden "$raw"
 wanted=$(sha /scratch/golden/file)
 must ringback disk convert -f raw -O vhd "$raw" /scratch/parent.img
 before=$(sha /scratch/parent.img)
-must ringback disk create -q -f vhd -b parent.img -F vhd /scratch/child.img
+must ringback disk create -f vhd -b parent.img -F vhd /scratch/child.img
 VCPUS=1 TYPE=pvh CMDLINE=$BLKFRONT DISK1=$(disk xvda vhd:/scratch/child.img)
 guest_start g
 features g xvda 1
