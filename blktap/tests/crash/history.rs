@@ -167,6 +167,13 @@ impl History {
             s.gone = s.gone.or(s.deleted.map(|_| done));
         }
     }
+    /// The image was let go of with an error: what was not flushed may be there or not.
+    pub fn not_flushed(&mut self) {
+        let last = self.flushes.last().map(|f| &f.first[..]).unwrap_or_default();
+        for (number, sector) in self.sectors.iter_mut().enumerate() {
+            sector.certain = last.get(number).copied().unwrap_or(0);
+        }
+    }
     /// The disk has so many sectors; those beyond read as zeroes if it ever grows again.
     pub fn resized(&mut self, size: u64, from: usize) {
         let old = self.size();

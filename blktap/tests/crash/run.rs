@@ -113,11 +113,6 @@ pub struct Run<'a> {
     pub stopped: u64,
 }
 
-/// A snapshot that refcounts have no room for, or one that could not be made for that reason.
-fn is_refused(error: &str) -> bool {
-    error.contains("do not fit refcounts") || error.contains("there is no snapshot")
-}
-
 impl<'a> Run<'a> {
     /// Opens the image in `files`, which are or hide the journal's.
     pub fn new(
@@ -233,13 +228,18 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Closes the image.
-    pub fn close(&mut self) {
+    /// Closes the image. Whether nothing is left that was not flushed.
+    pub fn close(&mut self) -> bool {
         match self.driver.take().map(Driver::close) {
             Some(Ok(())) => self.history.flushed(self.journal.len()),
-            Some(Err(_)) => self.stopped += 1,
+            Some(Err(_)) => {
+                self.stopped += 1;
+                self.history.not_flushed();
+                return false;
+            }
             None => {}
         }
+        true
     }
 
     fn reopen(&mut self) -> Result<(), String> {
@@ -258,7 +258,10 @@ impl<'a> Run<'a> {
     }
 
     fn special(&mut self, special: &Special) -> Result<(), String> {
-        self.close();
+        if !self.close() {
+            // What the file has now is not known: a snapshot of it would be of anything.
+            return self.reopen();
+        }
         let from = self.journal.len();
         let tags = match special {
             Special::Apply(name) => self.history.snapshot(name).map(<[u32]>::to_vec),
@@ -287,11 +290,6 @@ impl<'a> Run<'a> {
             Ok(()) => {
                 self.history.flushed(self.journal.len());
                 self.reopen()
-            }
-            // Narrow refcounts allow few snapshots.
-            Err(e) if is_refused(&e.to_string()) => {
-                self.reopen()?;
-                self.special_failed(special, from)
             }
             Err(e) if self.trust == Trust::Working => Err(e.to_string()),
             Err(_) => {

@@ -111,6 +111,9 @@ fn make(args: &[&str]) {
     assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
 }
 
+/// Most findings that a check lists.
+const LISTED: usize = 1000;
+
 impl Case for Qcow2Case {
     fn name(&self) -> String {
         self.name.clone()
@@ -165,7 +168,10 @@ impl Case for Qcow2Case {
             Mend::Nothing if dirty => 0,
             // A refcount and the flag that says whether it is 1 are never changed at once: while
             // a snapshot is made the count is the higher one, which the flag may not know yet.
-            Mend::Nothing if why.iter().any(|text| text.contains("copied flag")) => {
+            // (A long list is cut: then what is wrong may be behind its end.)
+            Mend::Nothing
+                if why.len() >= LISTED || why.iter().any(|text| text.contains("copied flag")) =>
+            {
                 why.retain(|text| !text.contains("copied flag") && !is_leak(text));
                 why.len() as u64
             }
@@ -200,8 +206,11 @@ impl Case for Qcow2Case {
         Ok(all.into_iter().map(|s| s.name).collect())
     }
     fn specials(&self) -> Specials {
+        // Counts of 1 and 2 bits have no room for the snapshots of a whole run.
+        let word = |bits: &str| self.name.split([' ', ',']).any(|w| w == bits);
+        let narrow = word("refcount_bits=1") || word("refcount_bits=2");
         Specials {
-            snapshots: self.files.len() == 1 && !self.name.contains("refcount_bits=1"),
+            snapshots: self.files.len() == 1 && !narrow,
             // Snapshots of another size cannot be applied in version 2.
             grow: (!self.name.contains("0.10")).then_some(self.sectors * 3 / 2),
             shrinks: true,
