@@ -32,8 +32,6 @@ pub fn are_all() -> bool {
 fn every() -> Vec<Box<dyn Case>> {
     use qcow2::Content::{Backing, Empty};
     use vhd::Kind::{Differencing, Dynamic, Fixed};
-    let vhd =
-        |kind, block, sectors| -> Box<dyn Case> { Box::new(vhd::VhdCase { kind, block, sectors }) };
     vec![
         Box::new(Raw),
         Box::new(Own),

@@ -10,7 +10,7 @@ mod direct;
 mod failing;
 mod history;
 #[path = "../../examples/own_format.rs"]
-#[allow(dead_code, unreachable_pub, clippy::print_stdout)]
+#[allow(dead_code, unreachable_pub)]
 mod own_format;
 mod power;
 mod qemu;

@@ -135,7 +135,7 @@ impl Session {
         self.try_read(offset, len).expect("a read")
     }
     /// The server ends the connection, whatever it says before.
-    pub fn is_ended(mut self) {
+    pub fn ends(mut self) {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => {}
@@ -171,30 +171,30 @@ fn garbage_ends_the_connection_and_no_other() {
             session
         };
         // No option's magic; an option of 4 GiB; one of 65 KiB; one that never comes whole.
-        begin(b"GET / HTTP/1.1\r\n\r\n").is_ended();
+        begin(b"GET / HTTP/1.1\r\n\r\n").ends();
         let head = |option: u32, len: u32| {
             let mut all = OPTION_MAGIC.to_be_bytes().to_vec();
             all.extend(option.to_be_bytes());
             all.extend(len.to_be_bytes());
             all
         };
-        begin(&head(opt::GO, u32::MAX)).is_ended();
-        begin(&head(opt::LIST, 65 << 10)).is_ended();
+        begin(&head(opt::GO, u32::MAX)).ends();
+        begin(&head(opt::LIST, 65 << 10)).ends();
         drop(begin(&head(opt::GO, 60000)));
-        begin(&[head(opt::EXPORT_NAME, 4), b"none".to_vec()].concat()).is_ended();
-        begin(&[head(opt::EXPORT_NAME, 2), vec![0xff, 0xfe]].concat()).is_ended();
+        begin(&[head(opt::EXPORT_NAME, 4), b"none".to_vec()].concat()).ends();
+        begin(&[head(opt::EXPORT_NAME, 2), vec![0xff, 0xfe]].concat()).ends();
         // Flags that nobody has offered.
         let mut session =
             Session { stream: UnixStream::connect(&ours.socket).unwrap(), minimum: None };
         session.send(&0xffff_0003u32.to_be_bytes());
-        session.is_ended();
+        session.ends();
         // Requests: a wrong magic, a write that is too long, half a write.
         let mut session = Session::go(&ours.socket, "", &[3]);
         session.send(&[0; 28]);
-        session.is_ended();
+        session.ends();
         let mut session = Session::go(&ours.socket, "", &[3]);
         session.request(0, cmd::WRITE, 0, (32 << 20) + 512);
-        session.is_ended();
+        session.ends();
         let mut session = Session::go(&ours.socket, "", &[3]);
         session.request(0, cmd::WRITE, 4096, 4096);
         session.send(&[9; 100]);
@@ -251,7 +251,7 @@ fn wrong_options_are_refused_and_the_next_one_is_served() {
         session.option(set, &context("", &[&b"base:allocation"[..]; 3]));
         assert_eq!(session.answers(set).len(), 2, "told once, and the end");
         assert_eq!(session.ask(opt::ABORT, &[]), rep::ACK);
-        session.is_ended();
+        session.ends();
     });
 }
 
@@ -263,7 +263,7 @@ fn a_flood_of_options_ends() {
             assert_eq!(session.ask(opt::LIST, &[]), rep::ACK);
         }
         session.option(opt::LIST, &[]);
-        session.is_ended();
+        session.ends();
     });
 }
 
@@ -391,6 +391,6 @@ fn structured_replies_are_framed_as_agreed() {
         session.request(0, cmd::BLOCK_STATUS, 0, 0);
         assert_eq!(chunk(&mut session).0, (1 << 15) | 1);
         session.request(0, cmd::DISC, 0, 0);
-        session.is_ended();
+        session.ends();
     });
 }

@@ -112,7 +112,7 @@ fn nothing_is_told_before_tls_and_nothing_is_taken_from_before_it() {
     assert_eq!(session.ask(opt::LIST, &[]), rep::ERR_TLS_REQD);
     assert_eq!(session.ask(opt::GO, &Session::info_data("", &[])), rep::ERR_TLS_REQD);
     session.option(opt::EXPORT_NAME, &[]);
-    session.is_ended();
+    session.ends();
     // An option that an attacker has put behind STARTTLS.
     let mut session = Session::greet(&ours.socket);
     let mut both = Vec::new();
@@ -122,11 +122,11 @@ fn nothing_is_told_before_tls_and_nothing_is_taken_from_before_it() {
         both.extend([0; 4]);
     }
     session.send(&both);
-    session.is_ended();
+    session.ends();
     let mut session = Session::greet(&ours.socket);
     assert_eq!(session.ask(opt::STARTTLS, &[]), rep::ACK);
     session.send(b"this is no handshake of TLS, whatever else it may be");
-    session.is_ended();
+    session.ends();
     ours.end();
 }
 

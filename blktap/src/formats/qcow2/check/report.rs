@@ -1,6 +1,6 @@
 //! What a check found, counted and named as `qemu-img check` does.
 
-/// So many findings are listed; the others are only counted.
+/// So many findings are listed, and as many again that are no leaks; the others are only counted.
 const LISTED: usize = 1000;
 
 /// What kind of fault it is.
@@ -46,7 +46,7 @@ pub struct CheckReport {
     pub corruptions_fixed: u64,
     /// Things that could not be checked.
     pub check_errors: u64,
-    /// What was found before any repair, the first thousand.
+    /// What was found before any repair: the first thousand, and as many again that are no leaks.
     pub findings: Vec<Finding>,
     /// Findings that are not listed.
     pub unlisted: u64,
@@ -80,7 +80,9 @@ impl CheckReport {
             Fault::Unchecked => &mut self.check_errors,
         };
         *count = count.saturating_add(n);
-        if self.findings.len() < LISTED {
+        // Many leaks, as a crash may leave them, must not hide what is worse.
+        let most = if fault == Fault::Leak { LISTED } else { 2 * LISTED };
+        if self.findings.len() < most {
             self.findings.push(Finding { fault, text: text() });
         } else {
             self.unlisted = self.unlisted.saturating_add(1);
