@@ -61,7 +61,7 @@ impl Default for Config {
             max_ring_page_order: 4,
             max_queues: cpus.min(MAX_QUEUES),
             max_indirect_segments: 256,
-            poll_us: 50,
+            poll_us: 100,
             ordering: Ordering::Both,
             cpus: Vec::new(),
         }
@@ -241,7 +241,7 @@ pub const KNOBS: &[Knob] = &[
     Knob {
         name: "poll_us",
         unit: "microseconds",
-        default: "50",
+        default: "100",
         range: "0 to 10000",
         help: "how long a queue polls before it sleeps, at most; it polls less where that does not pay",
         shows_in: "polls_paid, notifications_received, cpu_ns",

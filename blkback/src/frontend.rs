@@ -68,7 +68,7 @@ impl Default for FrontOptions {
             max_ring_page_order: 4,
             max_indirect_segments: 256,
             pool_pages: 1024,
-            poll_us: 50,
+            poll_us: 100,
             keys: KeySet::All,
             patience: Duration::from_secs(10),
         }

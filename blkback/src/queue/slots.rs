@@ -2,7 +2,7 @@
 
 use rings::persistent::Pin;
 
-use crate::proto::{Response, Segment};
+use crate::proto::{self, DirectOp, Response, Segment};
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,35 @@ impl Slot {
     }
 }
 
+impl From<DirectOp> for Work {
+    fn from(op: DirectOp) -> Work {
+        match op {
+            DirectOp::Read => Work::Read,
+            DirectOp::Write => Work::Write,
+            DirectOp::Flush => Work::Flush,
+            DirectOp::Barrier => Work::Barrier,
+        }
+    }
+}
+
+impl From<proto::Indirect> for Work {
+    fn from(op: proto::Indirect) -> Work {
+        match op {
+            proto::Indirect::Read => Work::Read,
+            proto::Indirect::Write => Work::Write,
+        }
+    }
+}
+
+impl From<proto::Discard> for Work {
+    fn from(kind: proto::Discard) -> Work {
+        match kind {
+            proto::Discard::Plain => Work::Discard,
+            proto::Discard::Secure => Work::SecureDiscard,
+        }
+    }
+}
+
 /// Where one segment's bytes are while its request runs.
 pub(super) struct Piece {
     pub segment: Segment,
@@ -114,9 +143,10 @@ impl Slots {
         slot as u32
     }
 
-    /// Frees a slot and gives its token, to answer with.
+    /// Frees a slot and gives its token, to answer with. What was known of its request stays
+    /// readable until the slot is taken again.
     pub(super) fn free(&mut self, slot: u32) -> Option<rings::Slot> {
-        self.slots[slot as usize] = FREE;
+        self.slots[slot as usize].stage = Stage::Free;
         self.tokens[slot as usize].take()
     }
 

@@ -84,6 +84,16 @@ impl Disk {
             Disk::File { path, .. } => Ok(std::fs::metadata(path)?.len()),
         }
     }
+    /// Brings a file into the page cache once more before it is measured there, for a kernel may
+    /// have taken idle pages back in the meantime (DAMON's proactive reclaim does).
+    fn warm(&self) -> Result<()> {
+        if let Disk::File { path, peers, cache: Caching::Cached, .. } = self {
+            for file in [path, peers].into_iter().filter(|file| file.exists()) {
+                std::io::copy(&mut std::fs::File::open(file)?, &mut std::io::sink())?;
+            }
+        }
+        Ok(())
+    }
     /// How many times the peer we aim to be, at a depth.
     fn aim(&self, depth: u32) -> Option<f64> {
         match (self, depth) {
@@ -286,6 +296,7 @@ impl<'a> Pair<'a> {
         let mut theirs = [(Waiting::Sleeping, Vec::new()), (Waiting::Polling, Vec::new())];
         let (mut ours, mut alone) = (Vec::new(), Vec::new());
         for _ in 0..self.options.rounds.max(1) {
+            self.disk.warm()?;
             ours.push(self.ours.measure(load, None)?);
             if let Some(qemu) = &self.qemu {
                 for (waiting, all) in &mut theirs {
