@@ -126,6 +126,7 @@ impl BlkDevice {
         if let Some(options) = nodes.own("options")? {
             config.set_all(&options).map_err(|e| Fault(format!("options: {e}")))?;
         }
+        config.agrees().map_err(|e| Fault(format!("options: {e}")))?;
         Ok(config)
     }
 
@@ -168,7 +169,10 @@ impl BlkDevice {
         let accepted = Accepted::read(&offer(config), |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
         let stats = self.stats(nodes, accepted.queues.len());
-        let persistent = accepted.persistent && config.grants == GrantMode::Persistent;
+        let grants = match config.grants {
+            GrantMode::Persistent if !accepted.persistent => GrantMode::Copy,
+            wanted => wanted,
+        };
         for (number, queue) in accepted.queues.iter().enumerate() {
             serving.queues.push(Queue::start(Start {
                 hypervisor: &*self.hypervisor,
@@ -179,7 +183,7 @@ impl BlkDevice {
                 domid: self.id.domid as DomId,
                 protocol: accepted.protocol,
                 keys: queue,
-                grants: if persistent { GrantMode::Persistent } else { GrantMode::Copy },
+                grants,
                 limits,
                 faults: faults.clone(),
                 ring_counters: block(&stats, &format!("ring-{number}")),

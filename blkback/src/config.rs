@@ -11,6 +11,10 @@ pub enum GrantMode {
     Persistent,
     /// Each payload is copied by the hypervisor.
     Copy,
+    /// Pages are mapped for one request and unmapped before its answer. Never with O_DIRECT:
+    /// such a request completes before the kernel lets go of its pages, and gntdev's unmapping
+    /// waits for that in the background, so the answer could come first.
+    Map,
 }
 
 /// How a frontend may order its writes.
@@ -48,6 +52,8 @@ pub struct Config {
     pub ordering: Ordering,
     /// Processors for the queues' threads, in turn; empty: wherever the kernel likes.
     pub cpus: Vec<u32>,
+    /// Memory node on whose processors the queues' threads run, unless `cpus` names some.
+    pub node: Option<u32>,
 }
 
 impl Default for Config {
@@ -64,6 +70,7 @@ impl Default for Config {
             poll_us: 100,
             ordering: Ordering::Both,
             cpus: Vec::new(),
+            node: None,
         }
     }
 }
@@ -96,6 +103,16 @@ impl Config {
             self.set(name.trim(), value.trim())?;
         }
         Ok(())
+    }
+
+    /// Whether the knobs agree with each other: what is wrong, and what to do.
+    pub fn agrees(&self) -> Result<(), String> {
+        match (self.grants, self.cache) {
+            (GrantMode::Map, Cache::None) => Err("grants=map: not with cache=none (O_DIRECT); \
+                 set cache=writeback, or grants=persistent or copy"
+                .to_owned()),
+            _ => Ok(()),
+        }
     }
 
     /// How long a persistent grant may be unused.
@@ -172,14 +189,15 @@ pub const KNOBS: &[Knob] = &[
         name: "grants",
         unit: "",
         default: "persistent",
-        range: "persistent, copy",
-        help: "payload transport; persistent needs a frontend that offers it, else copy",
-        shows_in: "grants_copied, hits",
+        range: "persistent, copy, map",
+        help: "payload transport; persistent needs a frontend that offers it, else copy; map (for one request) excludes cache=none",
+        shows_in: "grants_copied, grants_mapped, hits",
         reach: Reach::Connect,
         set: |c, v| {
             c.grants = match v {
                 "persistent" => GrantMode::Persistent,
                 "copy" => GrantMode::Copy,
+                "map" => GrantMode::Map,
                 _ => return None,
             };
             Some(())
@@ -276,6 +294,19 @@ pub const KNOBS: &[Knob] = &[
         reach: Reach::Connect,
         set: |c, v| put(&mut c.cpus, list(v)),
     },
+    Knob {
+        name: "node",
+        unit: "",
+        default: "none",
+        range: "none, or a memory node's number",
+        help: "the queues' threads run on this node's processors, unless cpus names some",
+        shows_in: "cpu_ns",
+        reach: Reach::Connect,
+        set: |c, v| match v {
+            "none" => put(&mut c.node, Some(None)),
+            _ => put(&mut c.node, number(v, 0, 1023).map(Some)),
+        },
+    },
 ];
 
 /// The table of all knobs for docs/tuning.md.
@@ -312,5 +343,11 @@ mod tests {
         assert!(config.set("max_indirect_segments", "5").is_err());
         assert!(config.set_all("speed").unwrap_err().contains("name=value"));
         assert!(config.set("speed", "9").unwrap_err().contains("poll_us"));
+        assert!(config.set("node", "one").is_err());
+        config.set_all("node=1,grants=map,cache=none").unwrap();
+        assert_eq!(config.node, Some(1));
+        assert!(config.agrees().unwrap_err().starts_with("grants=map: not with cache=none"));
+        config.set_all("cache=writeback,node=none").unwrap();
+        assert_eq!((config.agrees(), config.node), (Ok(()), None));
     }
 }

@@ -138,6 +138,16 @@ pub enum Direction {
     ToGrant,
 }
 
+impl Direction {
+    /// What the granted page must allow.
+    pub fn access(self) -> Access {
+        match self {
+            Direction::FromGrant => Access::ReadOnly,
+            Direction::ToGrant => Access::ReadWrite,
+        }
+    }
+}
+
 /// One segment of a grant copy between a granted page and a [`Buffer`]
 /// (`gntdev_grant_copy_segment`, GNTTABOP_copy).
 #[derive(Clone, Copy, Debug)]

@@ -13,6 +13,9 @@ use crate::memory::RawGuest;
 use crate::rig::until;
 use crate::scene::{BAD, Scene};
 
+/// A backend that maps pages for one request.
+const LENT: [&str; 4] = ["--set", "grants=map", "--set", "cache=writeback"];
+
 /// Connects with `ring-ref` set to a reference; the device must fail for this reason.
 fn ring_ref(reason: &str, gref: impl FnOnce(&Scene) -> (u32, Option<Arc<dyn GrantedPages>>)) {
     let scene = Scene::start();
@@ -87,8 +90,8 @@ fn a_ring_of_many_pages_one_of_them_bad() {
 /// References that must not be used, each in a segment and in the place of a table.
 #[test]
 fn bad_references_fail_their_request() {
-    for wish in [PLAIN, PERSISTENT] {
-        let scene = Scene::start();
+    for (wish, args) in [(PLAIN, &[][..]), (PERSISTENT, &[]), (PLAIN, &LENT)] {
+        let scene = Scene::with(args);
         let mut queue = scene.connect(wish);
         let foreign = scene.domain.guest.grant(scene.other.id, 1, Access::ReadWrite).unwrap();
         let others = scene.other.pages(64);
@@ -222,7 +225,12 @@ fn xsa_362_365_367_a_failed_mapping_leaves_nothing_stale() {
 /// Without persistent grants nothing of a request is in use once its response can be seen.
 #[test]
 fn xsa_396_access_ends_before_the_response() {
-    let scene = Scene::start();
+    for args in [&[][..], &LENT] {
+        access_ends_before_the_response(Scene::with(args));
+    }
+}
+
+fn access_ends_before_the_response(scene: Scene) {
     let mut queue = scene.connect(PLAIN);
     let raw = RawGuest::of(&scene.rig, scene.domain.id);
     let arena = raw.open_arena(0, Access::ReadWrite);
@@ -259,8 +267,8 @@ fn table_of(segments: &[Segment]) -> Vec<u8> {
 /// References are revoked and granted anew while requests use them.
 #[test]
 fn a_reference_revoked_during_use_fails_its_request_at_most() {
-    for wish in [PLAIN, PERSISTENT] {
-        let scene = Scene::start();
+    for (wish, args) in [(PLAIN, &[][..]), (PERSISTENT, &[]), (PLAIN, &LENT)] {
+        let scene = Scene::with(args);
         let mut queue = scene.connect(wish);
         let raw = RawGuest::of(&scene.rig, scene.domain.id);
         let arena = raw.open_arena(0, Access::ReadWrite);

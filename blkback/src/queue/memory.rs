@@ -1,5 +1,5 @@
-//! Memory for the payload of a queue's requests: the guest's own pages, mapped and kept, or pages
-//! of a buffer that the hypervisor copies to and from.
+//! Memory for the payload of a queue's requests: the guest's own pages, mapped and kept or mapped
+//! for one request, or pages of a buffer that the hypervisor copies to and from.
 //!
 //! A page that cannot be mapped (a bad reference, one granted read-only, a full pool) is copied,
 //! and the copy's own status says what is wrong with it: so one bad reference fails one
@@ -34,7 +34,7 @@ pub(super) const TABLE_PAGES: usize = 64;
 const CHUNK: usize = 16;
 
 /// One page of a mapping.
-struct Page {
+pub(super) struct Page {
     mapping: Arc<Mapping>,
     index: usize,
 }
@@ -123,15 +123,17 @@ impl Memory {
         direction: Direction,
         now: u64,
     ) -> Result<(), Short> {
-        if self.mode == GrantMode::Persistent {
-            self.place_mapped(pieces);
+        match self.mode {
+            GrantMode::Persistent => self.place_mapped(pieces),
+            GrantMode::Map => self.map_missing(pieces, pieces.len(), direction.access()),
+            GrantMode::Copy => {}
         }
-        let copied = pieces.iter().filter(|p| p.place == Place::Nowhere).count();
+        let copied = pieces.iter().filter(|p| p.is_nowhere()).count();
         if copied > self.free.len() {
             self.release(pieces, now);
             return Err(Short);
         }
-        for piece in pieces.iter_mut().filter(|p| p.place == Place::Nowhere) {
+        for piece in pieces.iter_mut().filter(|p| p.is_nowhere()) {
             if let Some(page) = self.free.pop() {
                 piece.place = Place::Copied(page);
                 if direction == Direction::FromGrant {
@@ -155,43 +157,47 @@ impl Memory {
         if missing > 0 {
             self.make_room(missing);
             let room = self.limit.saturating_sub(self.pool.len());
-            self.map_missing(pieces, missing.min(room));
+            self.map_missing(pieces, missing.min(room), Access::ReadWrite);
         }
     }
 
     /// Maps up to `most` of the segments that have no place. What cannot be mapped keeps none.
-    fn map_missing(&mut self, pieces: &mut [Piece], most: usize) {
+    fn map_missing(&mut self, pieces: &mut [Piece], most: usize, access: Access) {
         let mut left = most;
         let mut from = 0;
         while left > 0 && from < pieces.len() {
             let mut refs = [0; CHUNK];
             let (mut count, mut to) = (0, from);
             while to < pieces.len() && count < left.min(CHUNK) {
-                if pieces[to].place == Place::Nowhere {
+                if pieces[to].is_nowhere() {
                     refs[count] = pieces[to].segment.gref;
                     count += 1;
                 }
                 to += 1;
             }
-            self.map_chunk(&mut pieces[from..to], &refs[..count]);
-            left -= count;
-            from = to;
             if count == 0 {
                 break;
             }
+            self.map_chunk(&mut pieces[from..to], &refs[..count], access);
+            left -= count;
+            from = to;
         }
     }
 
-    fn map_chunk(&mut self, pieces: &mut [Piece], refs: &[u32]) {
-        let Ok(mapping) = self.grants.map(self.domid, refs, Access::ReadWrite) else { return };
+    fn map_chunk(&mut self, pieces: &mut [Piece], refs: &[u32], access: Access) {
+        let Ok(mapping) = self.grants.map(self.domid, refs, access) else { return };
         self.counters.grants_mapped.add(refs.len() as u64);
         let mapping = Arc::new(mapping);
-        let missing = pieces.iter_mut().filter(|p| p.place == Place::Nowhere);
+        let missing = pieces.iter_mut().filter(|p| p.is_nowhere());
         for (index, piece) in missing.enumerate() {
             let page = Page { mapping: mapping.clone(), index };
+            if self.mode == GrantMode::Map {
+                piece.place = Place::Lent(page);
+                continue;
+            }
             // What fell out is unmapped with the last page of its mapping.
             if let Inserted::Kept { pin, out: _ } =
-                self.pool.insert(piece.segment.gref, Access::ReadWrite, page)
+                self.pool.insert(piece.segment.gref, access, page)
             {
                 piece.place = Place::Mapped(pin);
             }
@@ -302,6 +308,7 @@ impl Memory {
                 let mapping = self.pool.handle(pin);
                 mapping.ok_or(io::ErrorKind::InvalidInput)?.base()
             }
+            Place::Lent(page) => page.base(),
             Place::Copied(page) => {
                 let offset = *page as usize * PAGE_SIZE;
                 let buffer = self.buffer()?;
@@ -324,6 +331,8 @@ impl Memory {
             match std::mem::replace(&mut piece.place, Place::Nowhere) {
                 Place::Mapped(pin) => drop(self.pool.unpin(pin, now)),
                 Place::Copied(page) => self.free.push(page),
+                // Unmapped with the last of its mapping: all are this request's.
+                Place::Lent(page) => drop(page),
                 Place::Nowhere => {}
             }
         }

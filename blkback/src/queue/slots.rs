@@ -2,6 +2,7 @@
 
 use rings::persistent::Pin;
 
+use super::memory::Page;
 use crate::proto::{self, DirectOp, Response, Segment};
 
 /// What a slot is doing.
@@ -97,14 +98,22 @@ pub(super) struct Piece {
 }
 
 /// A place for a segment's bytes.
-#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// None yet.
     Nowhere,
     /// In the guest's own page, pinned in the persistent pool.
     Mapped(Pin),
+    /// In the guest's own page, mapped for this request alone.
+    Lent(Page),
     /// In a page of the copy buffer.
     Copied(u32),
+}
+
+impl Piece {
+    /// Whether its bytes still need a place.
+    pub(super) fn is_nowhere(&self) -> bool {
+        matches!(self.place, Place::Nowhere)
+    }
 }
 
 /// All slots of a queue with their segments.

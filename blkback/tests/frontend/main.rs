@@ -79,6 +79,22 @@ fn queues_rings_and_grant_modes() {
 }
 
 #[test]
+fn pages_mapped_for_one_request() {
+    let disk = memory(8);
+    let rig = Rig::with_disk(disk.clone(), "grants=map,cache=writeback", &[]);
+    let front = rig.connect(FrontOptions { max_queues: 1, ..Default::default() });
+    let mut queue = front.queue(32).unwrap();
+    exercise(&disk, &mut *queue, 0);
+    let bytes = pattern(1 << 20, 5);
+    assert_eq!(write(&mut *queue, 1 << 20, &bytes), 0);
+    same(&read(&mut *queue, 1 << 20, 1 << 20), &bytes);
+    assert!(rig.counter("queue-", "grants_mapped") >= 512);
+    // The tables of indirect requests.
+    assert!(rig.counter("queue-", "grants_copied") < 20);
+    assert_eq!(rig.counter("grants-", "hits"), 0);
+}
+
+#[test]
 fn all_queues_taken_is_an_error_and_a_dropped_one_comes_back() {
     let disk = memory(1);
     let rig = Rig::with_disk(disk, "", &[]);
