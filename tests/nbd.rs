@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use blktap::{Disk, DiskQueue, Done, IoBuf, NbdDisk, NbdOptions, NbdTarget, Op, Request, blocking};
+use blktap::{Disk, DiskQueue, NbdDisk, NbdOptions, NbdTarget, Op, blocking};
+use many::{finish, submit};
 use rustix::process::{Pid, Signal, kill_process};
 
 struct Running(Option<Child>);
@@ -288,30 +289,35 @@ const BLOCK: usize = 65536;
 /// Requests that are in flight when the server is killed.
 const HELD: usize = 24;
 
-/// Submits a request for each block of memory, from the disk's beginning on.
-fn submit(queue: &mut dyn DiskQueue, op: Op, blocks: &mut [Vec<u8>], from: usize) {
-    for (n, block) in blocks.iter_mut().enumerate() {
-        let bufs = [buffer(block)];
-        let (offset, token) = (((from + n) * BLOCK) as u64, n as u64);
-        let request = Request { op, offset, len: BLOCK as u64, bufs: &bufs, token };
-        queue.submit(&request).expect("room");
-    }
-    queue.submit_all().expect("sent");
-}
+/// Many requests at once.
+mod many {
+    // A request names its memory by address.
+    #![allow(unsafe_code)]
 
-#[allow(unsafe_code)]
-fn buffer(block: &mut [u8]) -> IoBuf {
-    // SAFETY: the callers keep the blocks until `finish` has seen all answers.
-    unsafe { IoBuf::new(block.as_mut_ptr(), block.len()) }
-}
+    use blktap::{DiskQueue, Done, IoBuf, Op, Request};
 
-fn finish(queue: &mut dyn DiskQueue, n: usize) -> Vec<Done> {
-    let mut done = Vec::new();
-    while done.len() < n {
-        queue.wait(&[], None).expect("wait");
-        queue.poll(&mut done).expect("poll");
+    use super::BLOCK;
+
+    /// Submits a request for each block of memory. The blocks must outlive the queue.
+    pub fn submit(queue: &mut dyn DiskQueue, op: Op, blocks: &mut [Vec<u8>], from: usize) {
+        for (n, block) in blocks.iter_mut().enumerate() {
+            // SAFETY: the caller declares the blocks before the queue, and so keeps them longer.
+            let bufs = [unsafe { IoBuf::new(block.as_mut_ptr(), block.len()) }];
+            let (offset, token) = (((from + n) * BLOCK) as u64, n as u64);
+            let request = Request { op, offset, len: BLOCK as u64, bufs: &bufs, token };
+            queue.submit(&request).expect("room");
+        }
+        queue.submit_all().expect("sent");
     }
-    done
+
+    pub fn finish(queue: &mut dyn DiskQueue, n: usize) -> Vec<Done> {
+        let mut done = Vec::new();
+        while done.len() < n {
+            queue.wait(&[], None).expect("wait");
+            queue.poll(&mut done).expect("poll");
+        }
+        done
+    }
 }
 
 /// The server is stopped, so that what the guest sends stays in flight; then it is killed.
@@ -319,13 +325,15 @@ fn finish(queue: &mut dyn DiskQueue, n: usize) -> Vec<Done> {
 fn what_is_in_flight_when_a_server_is_killed_is_carried_out() {
     for kind in SERVERS {
         let mut chain = Chain::new(kind);
+        // Dropped after the queue, whatever happens.
+        let mut blocks = vec![vec![0; BLOCK]; HELD];
         let mut queue = chain.client();
         let mut wanted = vec![0; SIZE];
         for round in 0..5usize {
             let from = round * HELD / 2;
             let numbers = numbers(HELD * BLOCK + 8 * round);
-            let mut blocks: Vec<Vec<u8>> =
-                numbers[8 * round..].chunks(BLOCK).map(<[u8]>::to_vec).collect();
+            let pieces = numbers[8 * round..].chunks(BLOCK);
+            blocks.iter_mut().zip(pieces).for_each(|(block, piece)| block.copy_from_slice(piece));
             wanted[from * BLOCK..][..HELD * BLOCK].copy_from_slice(&numbers[8 * round..]);
             let stopped = chain.stop();
             submit(&mut *queue, Op::Write, &mut blocks, from);

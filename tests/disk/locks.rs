@@ -129,13 +129,16 @@ impl Family {
     }
 
     /// Those that write what an image builds on.
-    fn into_base(&self) -> (Vec<&'static str>, Vec<&'static str>) {
+    fn writing_base(&self) -> (Vec<&'static str>, Vec<&'static str>) {
         match self.format {
             "qcow2" => (
-                vec!["commit other.qcow2", "commit -d other.qcow2"],
-                vec!["qemu-img commit -f qcow2 other.qcow2"],
+                vec!["commit other.qcow2", "commit -d other.qcow2", "commit image.qcow2"],
+                vec![
+                    "qemu-img commit -f qcow2 other.qcow2",
+                    "qemu-img commit -f qcow2 image.qcow2",
+                ],
             ),
-            "vhd" => (vec!["commit -d other.vhd"], vec![]),
+            "vhd" => (vec!["commit -d other.vhd", "commit -d image.vhd"], vec![]),
             _ => (vec![], vec![]),
         }
     }
@@ -304,11 +307,11 @@ fn served_by(hold: fn(&Place, &str, &str) -> Holder, whose: &str) {
     });
 }
 
-/// No other image is committed into the base.
+/// Nothing is committed into the base: neither the image nor another one.
 fn assert_base_locked(place: &Place, family: &Family) {
     let base = family.name("base");
     let before = place.bytes(&base);
-    let (of_ours, of_theirs) = family.into_base();
+    let (of_ours, of_theirs) = family.writing_base();
     for line in of_ours {
         assert_ours(&ours(place, line, ""), line);
     }
