@@ -105,6 +105,8 @@ pub struct Run {
     #[arg(value_name = "GUEST.TOML")]
     pub file: Option<PathBuf>,
     /// Use a throw-away overlay over this image (FORMAT:PATH; without a format, raw).
+    ///
+    /// A server's export (nbd:unix:PATH, nbd://HOST/NAME) can only be overwritten or read.
     #[arg(long, value_name = "FORMAT:PATH")]
     pub disk: Option<String>,
     /// Read the named images in place.

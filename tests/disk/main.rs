@@ -2,8 +2,10 @@
 
 mod chains;
 mod convert;
+mod halfway;
 mod inside;
 mod interrupt;
+mod locks;
 mod look;
 mod make;
 

@@ -3,10 +3,16 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+#[allow(dead_code)]
+#[path = "../vhd/model.rs"]
+mod vhd_model;
 
 mod client;
+mod counted;
 mod fuzz;
 mod hostile;
+mod images;
+mod queues;
 mod rig;
 mod tls;
 mod tools;

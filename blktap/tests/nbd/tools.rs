@@ -1,56 +1,97 @@
 //! Other people's clients on our server.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use blktap::export::nbd::{Clients, Export, Limits, Server};
 use blktap::storage::Access;
 use blktap::{Disk, DiskQueue, Geometry, MemDisk, blocking};
 
+use super::images::{Image, Kind, text};
 use super::rig::{Ours, patchy, raw, run, well};
 use super::support::{allocated, folder, image, pattern};
 
 const SIZE: u64 = 32 << 20;
 
+/// The formats that are served. What builds on another image builds on a patchy one.
+const SERVED: [Kind; 5] =
+    [Kind::Raw, Kind::SmallClusters, Kind::Overlay, Kind::Dynamic, Kind::Differencing];
+
+/// Calls `test` with an image of each kind, in a folder of its own, and what it reads as.
+fn each(test: impl Fn(&Path, &Image, Vec<u8>)) {
+    for kind in SERVED {
+        let folder = folder();
+        let below = patchy(&folder.path().join("patchy"), SIZE);
+        let image = Image::new(kind, folder.path(), SIZE, &below);
+        let reads_as = if image.base.is_some() { below } else { vec![0; SIZE as usize] };
+        test(folder.path(), &image, reads_as);
+    }
+}
+
+/// A server of the image alone.
+fn serve(folder: &Path, image: &Image) -> Ours {
+    match image.kind {
+        Kind::Raw => Ours::disk(folder, raw(&image.path)),
+        _ => Ours::disk(folder, image.open(None)),
+    }
+}
+
 #[test]
 fn fio_verifies_what_it_writes() {
-    let folder = folder();
-    let ours = Ours::disk(folder.path(), raw(&image(&folder, "disk", SIZE)));
-    for (depth, bs) in [("1", "--bs=4k"), ("32", "--bsrange=512-128k")] {
-        let text = well(
-            "fio",
-            &[
-                "--name=v",
-                "--ioengine=nbd",
-                &format!("--uri={}", ours.uri()),
-                "--rw=randrw",
-                "--size=32M",
-                "--verify=crc32c",
-                "--verify_fatal=1",
-                "--verify_state_save=0",
-                "--fsync=64",
-                bs,
-                &format!("--iodepth={depth}"),
-            ],
-        );
-        assert!(text.contains("err= 0"), "{text}");
-    }
-    ours.end();
+    each(|folder, image, _| {
+        let ours = serve(folder, image);
+        for (depth, bs) in [("1", "--bs=4k"), ("32", "--bsrange=512-128k")] {
+            let text = well(
+                "fio",
+                &[
+                    "--name=v",
+                    "--ioengine=nbd",
+                    &format!("--uri={}", ours.uri()),
+                    "--rw=randrw",
+                    "--size=32M",
+                    "--verify=crc32c",
+                    "--verify_fatal=1",
+                    "--verify_state_save=0",
+                    "--fsync=64",
+                    bs,
+                    &format!("--iodepth={depth}"),
+                ],
+            );
+            assert!(text.contains("err= 0"), "{:?}: {text}", image.kind);
+        }
+        ours.end();
+        image.assert_clean();
+    });
 }
 
 #[test]
 fn nbdcopy_brings_all_bytes_both_ways() {
-    let folder = folder();
-    let (source, target) = (folder.path().join("source"), image(&folder, "target", SIZE));
-    let bytes = patchy(&source, SIZE);
-    let copy = folder.path().join("copy");
-    let from = Ours::disk(folder.path(), raw(&source));
-    well("nbdcopy", &[&from.uri(), copy.to_str().expect("UTF-8")]);
-    assert!(std::fs::read(&copy).expect("a copy") == bytes);
-    from.end();
-    let to = Ours::disk(folder.path(), raw(&target));
-    well("nbdcopy", &["--flush", copy.to_str().expect("UTF-8"), &to.uri()]);
-    to.end();
-    assert!(std::fs::read(&target).expect("the target") == bytes);
+    each(|folder, image, reads_as| {
+        let copy = folder.join("copy");
+        let ours = serve(folder, image);
+        well("nbdcopy", &[&ours.uri(), text(&copy)]);
+        assert!(std::fs::read(&copy).expect("a copy") == reads_as, "{:?}", image.kind);
+        // Other bytes than those that are there, with data and holes in other places.
+        let other = folder.join("other");
+        let bytes = shifted(&other);
+        well("nbdcopy", &["--flush", text(&other), &ours.uri()]);
+        well("nbdcopy", &[&ours.uri(), text(&copy)]);
+        ours.end();
+        assert!(std::fs::read(&copy).expect("a copy") == bytes, "{:?}", image.kind);
+        image.assert_clean();
+        image.assert_holds(&bytes);
+    });
+}
+
+/// A file with data where a patchy one has none, and holes where it has data.
+fn shifted(path: &Path) -> Vec<u8> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::create(path).expect("a file");
+    file.set_len(SIZE).expect("its size");
+    for (at, n) in [(512, 1024), ((1 << 20) + 100_000, 5_000_000), (SIZE - 4096, 4096)] {
+        file.write_all_at(&pattern(at + 77, n), at).expect("data");
+    }
+    std::fs::read(path).expect("the bytes")
 }
 
 #[test]
@@ -59,12 +100,10 @@ fn holes_are_told_and_made() {
     let path = folder.path().join("disk");
     patchy(&path, SIZE);
     let ours = Ours::disk(folder.path(), raw(&path));
-    let map = well("nbdinfo", &["--map", &ours.uri()]);
-    let rows: Vec<Vec<&str>> = map.lines().map(|l| l.split_whitespace().collect()).collect();
-    assert_eq!(rows[0][..3], ["0", "4096", "0"], "{map}");
-    assert_eq!(rows[1][2], "3", "{map}");
-    let total: u64 = rows.iter().map(|r| r[1].parse::<u64>().expect("a length")).sum();
-    assert_eq!(total, SIZE, "{map}");
+    let rows = map(&ours);
+    assert_eq!(rows[0], (4096, 0), "{rows:?}");
+    assert_eq!(rows[1].1, 3, "{rows:?}");
+    assert_eq!(rows.iter().map(|r| r.0).sum::<u64>(), SIZE, "{rows:?}");
     let before = allocated(&path);
     well("qemu-io", &["-f", "raw", "-c", "write -z -u 1M 1M", "-c", "flush", &ours.uri()]);
     assert!(allocated(&path) < before, "zeroing with unmap leaves everything allocated");
@@ -74,21 +113,80 @@ fn holes_are_told_and_made() {
     ours.end();
 }
 
+/// Stretches of `nbdinfo --map`: bytes, and the flags (1 a hole, 2 reads as zeroes).
+fn map(ours: &Ours) -> Vec<(u64, u32)> {
+    let map = well("nbdinfo", &["--map", &ours.uri()]);
+    let number = |text: Option<&str>| text.and_then(|t| t.parse().ok()).expect("a number");
+    map.lines()
+        .map(|line| {
+            let mut words = line.split_whitespace().skip(1);
+            (number(words.next()), number(words.next()) as u32)
+        })
+        .collect()
+}
+
+/// Images that QEMU filled, so that it is QEMU who says what is allocated: in the base's first
+/// 8 MiB are data, and those and the next 8 MiB are written, zeroed and left in turn.
+#[test]
+fn what_an_image_does_not_hold_is_told() {
+    let data = "write -P 7 0 8M";
+    let above = ["write -P 8 0 2M", "write -z 2M 2M", "write -P 9 8M 2M", "write -z 10M 2M"];
+    let (mib, none) = (1u64 << 20, 3);
+    for (kind, expected) in [
+        (Kind::SmallClusters, vec![(2, 0), (6, none), (2, 0), (22, none)]),
+        // The base's data are data, and what hides them are zeroes.
+        (Kind::Overlay, vec![(2, 0), (2, none), (6, 0), (22, none)]),
+        // QEMU writes zeroes to VHD images as data.
+        (Kind::Dynamic, vec![(4, 0), (4, none), (4, 0), (20, none)]),
+    ] {
+        let folder = folder();
+        let image = Image::new(kind, folder.path(), SIZE, &vec![0; SIZE as usize]);
+        let io = |path: &Path, commands: &[&str]| {
+            let mut args = vec!["-f", kind.qemu()];
+            commands.iter().for_each(|c| args.extend(["-c", *c]));
+            well("qemu-io", &[&args[..], &[text(path)]].concat());
+        };
+        if let Some(base) = &image.base {
+            io(base, &[data]);
+        }
+        io(&image.path, &above);
+        let ours = serve(folder.path(), &image);
+        let expected: Vec<_> = expected.into_iter().map(|(n, flags)| (n * mib, flags)).collect();
+        assert_eq!(map(&ours), expected, "{kind:?}");
+        // What is written and discarded through the server shows as well.
+        let uri = ours.uri();
+        well("qemu-io", &["-f", "raw", "-c", "discard 0 2M", "-c", "write 16M 2M", &uri]);
+        let rows = map(&ours);
+        assert_eq!(rows.iter().map(|r| r.0).sum::<u64>(), SIZE, "{kind:?}");
+        assert_eq!(rows[0].1, none, "{kind:?}: {rows:?}");
+        let (mut at, mut data) = (0, Vec::new());
+        for (len, flags) in rows {
+            data.extend((flags == 0).then_some(at..at + len));
+            at += len;
+        }
+        assert!(data.contains(&(16 * mib..18 * mib)), "{kind:?}: {data:?}");
+        ours.end();
+        image.assert_clean();
+    }
+}
+
 #[test]
 fn qemu_converts_from_it_and_to_it() {
-    let folder = folder();
-    let (source, target) = (folder.path().join("source"), image(&folder, "target", SIZE));
-    let bytes = patchy(&source, SIZE);
-    let middle = folder.path().join("middle.qcow2");
-    let middle = middle.to_str().expect("UTF-8");
-    let from = Ours::disk(folder.path(), raw(&source));
-    well("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &from.uri(), middle]);
-    from.end();
-    let to = Ours::disk(folder.path(), raw(&target));
-    well("qemu-img", &["convert", "-n", "-f", "qcow2", "-O", "raw", middle, &to.uri()]);
-    well("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", middle, &to.uri()]);
-    to.end();
-    assert!(std::fs::read(&target).expect("the target") == bytes);
+    each(|folder, image, reads_as| {
+        let (middle, other) = (folder.join("middle.qcow2"), folder.join("other"));
+        let ours = serve(folder, image);
+        well("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &ours.uri(), text(&middle)]);
+        let expected = folder.join("expected");
+        std::fs::write(&expected, &reads_as).expect("a file");
+        well("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&middle), text(&expected)]);
+        let bytes = shifted(&other);
+        let uri = ours.uri();
+        well("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", text(&other), &uri]);
+        well("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&other), &uri]);
+        ours.end();
+        image.assert_clean();
+        image.assert_holds(&bytes);
+    });
 }
 
 #[test]

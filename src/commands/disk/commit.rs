@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use blktap::copy::{self, CopyOptions, Part, What};
 use blktap::image::{BackingPolicy, StatusPlace};
-use blktap::storage::Access;
+use blktap::storage::{Access, Sharing};
 use blktap::{ImageDisk, Kept};
 use serde_json::json;
 
@@ -26,19 +26,23 @@ struct Layer {
 pub fn run(options: &Commit) -> Result {
     let opening = Opening::to_write(&options.file, options.format.as_deref(), &options.allow);
     let format = opening.format()?;
-    // Nothing is written here yet: the base is opened for writing beside it.
-    let reading = Opening { access: Access::ReadOnly, ..opening.clone() };
+    // Held to the end: what somebody wrote after the copy would be lost when the image is
+    // emptied. It is read through another descriptor.
+    let access = if options.keep { Access::ReadOnly } else { Access::ReadWrite };
+    let held = Opening { access, ..opening.clone() }.storage()?;
+    let reading = Opening { access: Access::ReadOnly, sharing: Sharing::Shared, ..opening };
     let layers = layers(&reading)?;
     let base = base(&layers, options)?;
-    if !options.keep && base == 1 {
+    let emptied = !options.keep && base == 1;
+    if emptied {
         formats::can_empty(format)?;
     }
     let mut work = Work::new(options.progress.progress)?;
     let written = write_down(&reading, &layers, base, &mut work)?;
-    let emptied = !options.keep && base == 1;
     if emptied {
-        formats::empty(&opening, format)?;
+        formats::empty(&*held, format)?;
     }
+    drop(held);
     work.end();
     let file = &layers[base].file;
     if options.output.json {
@@ -87,6 +91,7 @@ fn write_down(
         file: &target.file,
         format: Some(target.format),
         access: Access::ReadWrite,
+        sharing: Sharing::Exclusive,
         ..reading.clone()
     };
     let size = layers[0].size;

@@ -253,11 +253,11 @@ pub fn can_empty(format: ImageFormat) -> Result<()> {
     }
 }
 
-/// Empties the image: all of it comes from its backing file afterwards.
-pub fn empty(opening: &Opening<'_>, format: ImageFormat) -> Result<()> {
+/// Empties the image in `storage`: all of it comes from its backing file afterwards.
+pub fn empty(storage: &dyn Storage, format: ImageFormat) -> Result<()> {
     can_empty(format)?;
-    let storage = opening.clone().alone().storage()?;
-    blktap::formats::qcow2::resize::empty(&*storage).map_err(about(opening.file))
+    let emptied = blktap::formats::qcow2::resize::empty(storage);
+    emptied.map_err(about(&storage.name()))
 }
 
 /// Snapshots inside the image.

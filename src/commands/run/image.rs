@@ -9,7 +9,7 @@ use blktap::formats::BackingName;
 use blktap::formats::qcow2::create::{self, CreateOptions};
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{self, Access, Cache, OpenOptions};
-use blktap::{Disk, DiskQueue, blocking};
+use blktap::{Disk, DiskQueue, NbdDisk, NbdOptions, NbdTarget, blocking};
 
 use super::super::Result;
 use super::plan::{CELL, DiskPlan, DiskReport, Task};
@@ -33,11 +33,13 @@ enum Use {
     Overwritten,
 }
 
-/// An image file and its format.
+/// What holds the bytes.
 #[derive(Clone)]
-struct Named {
-    path: PathBuf,
-    format: ImageFormat,
+enum Named {
+    /// An image file and its format.
+    File { path: PathBuf, format: ImageFormat },
+    /// A server's export, as it was named.
+    Export(String),
 }
 
 /// An image.
@@ -55,13 +57,13 @@ impl Image {
         let Some(target) = &disk.target else {
             let (path, size) = (folder.join(format!("{}.img", disk.vdev)), disk.size_mib << 20);
             File::create_new(&path)?.set_len(size)?;
-            let image = Named { path, format: ImageFormat::Raw };
+            let image = Named::File { path, format: ImageFormat::Raw };
             return Ok(Image { image, origin: None, size, used: Use::Made });
         };
         let named = Named::parse(target)?;
         let size = named.open(&[])?.geometry().size;
         if size < CELL as u64 {
-            return Err(format!("{}: smaller than 4096 bytes", named.path.display()).into());
+            return Err(format!("{target}: smaller than 4096 bytes").into());
         }
         let used = match (options.read_only, options.overwrite) {
             (true, _) => Use::Read,
@@ -71,23 +73,30 @@ impl Image {
         if used != Use::Over {
             return Ok(Image { image: named, origin: None, size, used });
         }
+        let Named::File { path: below, format } = &named else {
+            let why = "no overlay builds on a server's export: say --overwrite (ITS CONTENT IS \
+                       LOST) or --read-only";
+            return Err(format!("{target}: {why}").into());
+        };
         let path = folder.join(format!("{}.qcow2", disk.vdev));
-        overlay(&path, &named, size).map_err(|e| format!("{}: {e}", path.display()))?;
-        let image = Named { path, format: ImageFormat::Qcow2 };
+        overlay(&path, below, *format, size).map_err(|e| format!("{}: {e}", path.display()))?;
+        let image = Named::File { path, format: ImageFormat::Qcow2 };
         Ok(Image { image, origin: Some(named), size, used })
     }
 
-    /// As a backend takes it: FORMAT:PATH.
+    /// As a backend takes it: FORMAT:PATH, or the name of an export.
     pub fn target(&self) -> Result<String> {
-        let Named { path, format } = &self.image;
-        match path.to_str() {
-            Some(path) => Ok(format!("{format}:{path}")),
-            None => Err(format!("{}: the path is not UTF-8", path.display()).into()),
+        match &self.image {
+            Named::Export(name) => Ok(name.clone()),
+            Named::File { path, format } => match path.to_str() {
+                Some(path) => Ok(format!("{format}:{path}")),
+                None => Err(format!("{}: the path is not UTF-8", path.display()).into()),
+            },
         }
     }
     /// Where the backend has to look for what the image builds on, beside its own folder.
     pub fn backing_folder(&self) -> Option<PathBuf> {
-        self.origin.as_ref().map(Named::folder)
+        self.origin.as_ref().and_then(Named::folder)
     }
     pub fn size(&self) -> u64 {
         self.size
@@ -173,6 +182,9 @@ fn compare_sum(checked: &mut Checked, report: &DiskReport, number: u64, cell: &[
 
 impl Named {
     fn parse(target: &str) -> Result<Named> {
+        if NbdTarget::is_meant(target) {
+            return Ok(Named::Export(target.to_owned()));
+        }
         let (format, path) = match target.split_once(':') {
             Some((format, path)) if !format.contains('/') => (format, path),
             _ => ("raw", target),
@@ -180,20 +192,29 @@ impl Named {
         let told = |e: &dyn std::fmt::Display| format!("{target}: {e}");
         let format = format.parse().map_err(|e| told(&e))?;
         let path = std::path::absolute(path).map_err(|e| told(&e))?;
-        Ok(Named { path, format })
+        Ok(Named::File { path, format })
     }
 
-    fn folder(&self) -> PathBuf {
-        // The folder that the file is in, wherever links lead.
-        let real = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        real.parent().unwrap_or(Path::new("/")).to_owned()
+    /// The folder that a file is in, wherever links lead.
+    fn folder(&self) -> Option<PathBuf> {
+        let Named::File { path, .. } = self else { return None };
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        Some(real.parent().unwrap_or(Path::new("/")).to_owned())
     }
 
     /// To be read.
     fn open(&self, folders: &[PathBuf]) -> Result<Arc<dyn Disk>> {
-        let file = OpenOptions::new(&self.path).access(Access::ReadOnly).cache(Cache::Writeback);
+        let (path, format) = match self {
+            Named::File { path, format } => (path, *format),
+            Named::Export(name) => {
+                let options = NbdOptions::new(NbdTarget::parse(name)?);
+                let disk = NbdDisk::open(NbdOptions { access: Access::ReadOnly, ..options });
+                return Ok(disk.map_err(|e| format!("{name}: {e}"))?);
+            }
+        };
+        let file = OpenOptions::new(path).access(Access::ReadOnly).cache(Cache::Writeback);
         let backing = BackingPolicy::Allow(folders.to_vec());
-        Ok(image::open(&ImageOptions::new(self.format, file).backing(backing))?)
+        Ok(image::open(&ImageOptions::new(format, file).backing(backing))?)
     }
 }
 
@@ -203,12 +224,12 @@ fn reader(image: &Named, folders: &[PathBuf]) -> io::Result<Box<dyn DiskQueue>> 
 }
 
 /// Makes an empty overlay.
-fn overlay(path: &Path, below: &Named, size: u64) -> Result<()> {
-    let name = below.path.to_str().ok_or("the path of what it builds on is not UTF-8")?;
+fn overlay(path: &Path, below: &Path, format: ImageFormat, size: u64) -> Result<()> {
+    let name = below.to_str().ok_or("the path of what it builds on is not UTF-8")?;
     File::create_new(path)?;
     let file = storage::open(&OpenOptions::new(path).cache(Cache::Writeback))?;
     let mut options = CreateOptions::new(size);
-    let format = Some(below.format.name().to_owned());
+    let format = Some(format.name().to_owned());
     options.backing = Some(BackingName { name: name.to_owned(), format });
     Ok(create::create(&file, None, &options)?)
 }

@@ -111,14 +111,14 @@ impl<'a> Image<'a> {
         Ok(first.is_some_and(|r| r.kept == Kept::Hole && r.len >= range.end - range.start))
     }
 
-    /// One table further. Fails when the operation was broken off.
+    /// One table further. Fails when the operation was interrupted.
     pub(super) fn tick(&self) -> Result<(), ImageError> {
         let mut seen = self.seen.get();
         seen.tables += 1;
         self.seen.set(seen);
         match (self.progress)(seen) {
             ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(ImageError::Invalid("broken off".to_owned())),
+            ControlFlow::Break(()) => Err(ImageError::Invalid("interrupted".to_owned())),
         }
     }
 
