@@ -21,6 +21,7 @@ pub mod offline;
 mod pool;
 mod publish;
 mod read;
+pub mod rebase;
 mod refcounts;
 pub mod resize;
 pub mod snapshots;
@@ -258,7 +259,7 @@ fn prepare_header(
 }
 
 fn write_header(header: &Header, file: &Arc<dyn Storage>) -> Result<(), ImageError> {
-    header.write(&**file)?;
+    header.write_fields(&**file)?;
     file.sync().map_err(ImageError::io("flush the header"))
 }
 
