@@ -134,10 +134,7 @@ impl Checker<'_> {
         if !self.fixes() {
             return Ok(footers);
         }
-        match footers.tail_at() {
-            at if at == growing.end => growth::finish(self.storage, &footers, &mut footer)?,
-            _ => growth::undo(self.storage, &footers, &mut footer)?,
-        }
+        growth::settle(self.storage, &footers, &mut footer)?;
         Footers::read(self.storage)
     }
 

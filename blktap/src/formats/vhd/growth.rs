@@ -8,9 +8,9 @@
 //!
 //! Between them the file is synced. Cut off before the new footer is there, the file may end in
 //! zeroes, and the marked footer before them still counts: the disk has its old size. Cut off
-//! later, the new footer counts, and what is left of the old one reads as zeroes; opening for
-//! writing goes on with step 3. Marks are in bytes that the specification reserves, so other
-//! readers do not see them.
+//! later, the new footer counts, and what is left of the old one reads as zeroes. Opening for
+//! writing undoes the one and goes on with step 3 of the other. Marks are in bytes that the
+//! specification reserves, so other readers do not see them.
 use std::ops::Range;
 
 use super::footer::{FOOTER, Footer, Footers, Found, Kind};
@@ -136,16 +136,29 @@ pub(super) fn stale_footer(
     Ok(is_old.then_some(growing.start))
 }
 
-/// Ends what growing began, if it had come so far that the new footer counts.
-pub(super) fn finish(
+/// Puts right what growing that was cut off has left: goes on with it if it had come so far that
+/// the new footer counts, else undoes it.
+pub(super) fn settle(
     storage: &dyn Storage,
     footers: &Footers,
     footer: &mut Footer,
 ) -> Result<(), ImageError> {
-    let at = footers.tail_at();
-    if footer.growing().is_none_or(|growing| growing.end != at) {
-        return Ok(());
+    match footer.growing() {
+        None => Ok(()),
+        // Nothing that grows here.
+        Some(_) if !ends_in_sector(footers) => Ok(()),
+        Some(growing) if growing.end == footers.tail_at() => finish(storage, footers, footer),
+        Some(_) => undo(storage, footers, footer),
     }
+}
+
+/// Whether the footer is a sector of the file, perhaps without its last byte as early programs
+/// wrote it.
+fn ends_in_sector(footers: &Footers) -> bool {
+    matches!(footers.file_size % 512, 0 | 511)
+}
+
+fn finish(storage: &dyn Storage, footers: &Footers, footer: &mut Footer) -> Result<(), ImageError> {
     // What was left by a process that was killed is perhaps not durable.
     sync(storage)?;
     if let Some(old) = stale_footer(storage, footers, footer)? {
@@ -153,7 +166,7 @@ pub(super) fn finish(
         sync(storage)?;
     }
     footer.set_growing(None);
-    write_footer(storage, footer, at)?;
+    write_footer(storage, footer, footers.tail_at())?;
     sync(storage)
 }
 
@@ -180,14 +193,11 @@ pub(super) fn grow(
     mut footer: Footer,
     size: u64,
 ) -> Result<(), ImageError> {
-    if !matches!(footers.file_size % 512, 0 | 511) {
+    if !ends_in_sector(footers) {
         let what = "growing an image whose footer is not a sector of the file: convert it";
         return Err(ImageError::Unsupported(what.into()));
     }
-    finish(storage, footers, &mut footer)?;
-    if footer.growing().is_some() {
-        undo(storage, footers, &mut footer)?;
-    }
+    settle(storage, footers, &mut footer)?;
     let old = footers.tail_at();
     if size > old && growth(storage) == Growth::Device {
         return Err(ImageError::NoSpace("the device is too small".into()));

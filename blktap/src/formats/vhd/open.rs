@@ -10,7 +10,7 @@ use super::batmap::Batmap;
 use super::bitmap::Bitmaps;
 use super::flush::{Dirty, Flushes};
 use super::footer::{FOOTER, Footer, Footers, Found, TAPDISK_OLD};
-use super::growth::{finish, stale_footer};
+use super::growth::{settle, stale_footer};
 use super::header::Header;
 use super::layout::{self, Survey};
 use super::locator::Parent;
@@ -128,7 +128,7 @@ impl Vhd {
             check_fixed(&footers, size)?;
             match vhd.storage().access() {
                 Access::ReadOnly => vhd.stale = stale_footer(vhd.storage(), &footers, &footer)?,
-                Access::ReadWrite => finish(&*vhd.files[0], &footers, &mut vhd.footer)?,
+                Access::ReadWrite => settle(&*vhd.files[0], &footers, &mut vhd.footer)?,
             }
             return Ok(vhd);
         }
