@@ -274,7 +274,7 @@ fn cut(case: &dyn Case, using: &Use, seed: u64, which: Which) -> (u64, u64, Vec<
 #[test]
 fn bitmaps_after_power_cuts_are_right_or_not_trusted() {
     let cases = cases::with_bitmaps();
-    let rounds = 6 * effort() as usize;
+    let rounds = 3 * effort() as usize;
     on_all_processors(cases.len() * rounds, |job| {
         let (case, seed) = (&*cases[job % cases.len()], (job / cases.len()) as u64);
         let (using, _) = use_image(case, seed, None);

@@ -189,6 +189,10 @@ fn a_queue_that_waits_for_another_can_be_dropped() {
             first.poll(&mut polled).expect("poll");
         }
         assert_eq!(polled[0].errno, 0);
+        // It did wait, and was given up.
+        let mut found = [9; 512];
+        blktap::blocking::read_at(&mut *first, 512, &mut found).expect("read");
+        assert!(found == [0; 512], "the second queue's write did not wait");
         blktap::blocking::write_at(&mut *first, 512, &[4; 512]).expect("its cluster is free");
         drop(first);
         disk.close().expect("close");
