@@ -119,7 +119,15 @@ fn qcow() -> Vec<Broken> {
         one("tables", 33, vec![60]),
         one("encrypted", 36, be32(1)),
         one("L1 far away", 40, be64(1 << 62)),
+        one("L1 in the header", 40, be64(8)),
+        // The L1 table follows the header.
+        one("L2 far away", 48, be64(1 << 62)),
+        one("L2 in the L1 table", 48, be64(48)),
+        one("L2 in the header", 48, be64(1)),
+        broken("backing name too long", "qcow", vec![(8, be64(48)), (16, be32(u32::MAX))]),
+        broken("backing name far away", "qcow", vec![(8, be64(1 << 62)), (16, be32(5))]),
         Broken { cut: Some(40), ..broken("cut in the header", "qcow", Vec::new()) },
+        Broken { cut: Some(0), ..broken("empty", "qcow", Vec::new()) },
     ]
 }
 
