@@ -135,11 +135,15 @@ fn qcow_images_on_backing_files() {
     assert!(said.err.contains("guessed"), "{said:?}");
     place.ok(&[&compare[..1], &["--allow-backing", "."], &compare[1..]].concat());
     // Round in a circle, and outside.
-    place.qemu_img(&["create", "-q", "-f", "qcow", "-u", "-b", "self.qcow", "new.qcow", "1M"]);
+    let on = |backing, format, image| {
+        let args = ["create", "-q", "-f", "qcow", "-u", "-b", backing, "-F", format, image, "1M"];
+        place.qemu_img(&args);
+    };
+    on("self.qcow", "qcow", "new.qcow");
     std::fs::rename(place.path("new.qcow"), place.path("self.qcow")).expect("rename");
     let said = place.disk(&["map", "-f", "qcow", "--allow-backing", ".", "self.qcow"]);
     assert!(said.code == 1 && said.err.contains("builds on itself"), "{said:?}");
-    place.qemu_img(&["create", "-q", "-f", "qcow", "-u", "-b", "/etc/passwd", "out.qcow", "1M"]);
+    on("/etc/passwd", "raw", "out.qcow");
     let said = place.disk(&["map", "-f", "qcow", "out.qcow"]);
     assert!(said.code == 1 && said.err.contains("--allow-backing"), "{said:?}");
 }
