@@ -205,7 +205,8 @@ pub trait Disk: Send + Sync {
 /// 0. Writes in flight are not covered: a barrier is the caller's, who holds back. Once a flush
 /// has failed, all later ones of the disk fail: nobody knows which writes were lost.
 ///
-/// **Cancellation** is ignoring the [`Done`]. Dropping a queue carries out what it took and
+/// **Cancellation** is ignoring the [`Done`]. Dropping a queue carries out what it took, except
+/// for what waits for another queue's change of the same clusters, which is given up, and
 /// returns when no buffer is in use any more. It is best dropped by the thread that used it;
 /// elsewhere, what is in flight may be cut short.
 ///

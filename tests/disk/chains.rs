@@ -107,3 +107,43 @@ fn what_was_committed_is_given_back() {
     place.ok(&["create", "-f", "vhd", "-b", "base.vhd", "-F", "vhd", "top.vhd"]);
     place.ok(&["compare", "-F", "raw", "top.vhd", "seen.raw"]);
 }
+
+/// QCOW of version 1 names no format for what it builds on.
+#[test]
+fn qcow_images_on_backing_files() {
+    let place = Place::new();
+    place.sample("base.raw");
+    place.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "base.raw", "base.qcow2"]);
+    place.qemu_img(&["convert", "-f", "raw", "-O", "qcow", "base.raw", "base.qcow"]);
+    for format in ["raw", "qcow2", "qcow"] {
+        let base = format!("base.{format}");
+        place.qemu_img(&["create", "-q", "-f", "qcow", "-b", &base, "-F", format, "top.qcow"]);
+        place.qemu_io("qcow", "top.qcow", &["write -P 7 128k 64k", "write -P 9 8M 4k"]);
+        place.qemu_img(&["convert", "-f", "qcow", "-O", "raw", "top.qcow", "seen.raw"]);
+        place.ok(&["compare", "-f", "qcow", "-F", "raw", "top.qcow", "seen.raw"]);
+        place.ok(&["convert", "-f", "qcow", "-O", "qcow2", "top.qcow", "whole.qcow2"]);
+        place.assert_same(("seen.raw", "raw"), ("whole.qcow2", "qcow2"));
+        let said = place.disk(&["map", "-f", "qcow", "top.qcow"]);
+        assert_eq!(said.code, 0, "{said:?}");
+    }
+    // An image whose format was guessed names another: only if that is allowed.
+    place.qemu_img(&["create", "-q", "-f", "qcow", "-b", "top.qcow", "-F", "qcow", "up.qcow"]);
+    place.qemu_img(&["convert", "-f", "qcow", "-O", "raw", "up.qcow", "seen.raw"]);
+    let compare = ["compare", "-f", "qcow", "-F", "raw", "up.qcow", "seen.raw"];
+    let said = place.disk(&compare);
+    assert!(said.code > 1 || said.code == 1 && said.err.contains("--allow-backing"), "{said:?}");
+    assert!(said.err.contains("guessed"), "{said:?}");
+    place.ok(&[&compare[..1], &["--allow-backing", "."], &compare[1..]].concat());
+    // Round in a circle, and outside.
+    let on = |backing, format, image| {
+        let args = ["create", "-q", "-f", "qcow", "-u", "-b", backing, "-F", format, image, "1M"];
+        place.qemu_img(&args);
+    };
+    on("self.qcow", "qcow", "new.qcow");
+    std::fs::rename(place.path("new.qcow"), place.path("self.qcow")).expect("rename");
+    let said = place.disk(&["map", "-f", "qcow", "--allow-backing", ".", "self.qcow"]);
+    assert!(said.code == 1 && said.err.contains("builds on itself"), "{said:?}");
+    on("/etc/passwd", "raw", "out.qcow");
+    let said = place.disk(&["map", "-f", "qcow", "out.qcow"]);
+    assert!(said.code == 1 && said.err.contains("--allow-backing"), "{said:?}");
+}

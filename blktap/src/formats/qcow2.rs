@@ -21,6 +21,7 @@ pub mod offline;
 mod pool;
 mod publish;
 mod read;
+pub mod rebase;
 mod refcounts;
 pub mod resize;
 pub mod snapshots;
@@ -258,7 +259,7 @@ fn prepare_header(
 }
 
 fn write_header(header: &Header, file: &Arc<dyn Storage>) -> Result<(), ImageError> {
-    header.write(&**file)?;
+    header.write_fields(&**file)?;
     file.sync().map_err(ImageError::io("flush the header"))
 }
 
@@ -302,11 +303,15 @@ fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), 
         }
         map.add(clusters(b.directory_offset, b.directory_size), Kind::Bitmaps)?;
     }
-    for entry in l1.iter().map(|e| e & entry::OFFSET).filter(|offset| *offset != 0) {
-        if !entry.is_multiple_of(1 << bits) {
-            return Err(ImageError::Corrupt(format!("L2 table at {entry:#x}")));
+    let mut tables: Vec<_> = l1.iter().map(|e| (e & entry::OFFSET, e & entry::COPIED)).collect();
+    tables.sort_unstable();
+    // Entries may share a table that none of them writes in place: each makes a copy first.
+    tables.dedup_by(|a, b| a == b && a.1 == 0);
+    for (offset, _) in tables.into_iter().filter(|(offset, _)| *offset != 0) {
+        if !offset.is_multiple_of(1 << bits) {
+            return Err(ImageError::Corrupt(format!("L2 table at {offset:#x}")));
         }
-        map.add(clusters(entry, 1 << bits), Kind::L2)?;
+        map.add(clusters(offset, 1 << bits), Kind::L2)?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ mod check;
 mod create;
 mod flush;
 mod footer;
+mod growth;
 mod header;
 mod layout;
 mod locator;
@@ -63,6 +64,8 @@ pub struct Vhd {
     parent: Option<Parent>,
     /// `None`: a fixed image.
     table: Option<Table>,
+    /// The old footer of a fixed image that was growing, among its sectors: zeroes.
+    stale: Option<u64>,
     flushes: Flushes,
 }
 
@@ -124,6 +127,20 @@ impl Vhd {
     fn storage(&self) -> &dyn Storage {
         &*self.files[0]
     }
+
+    fn read_fixed(&self, range: Range<u64>, out: &mut Vec<Extent>) {
+        let stale = self.stale.map_or(range.end..range.end, |at| at..at + 512);
+        let [from, to] = [stale.start, stale.end].map(|at| at.clamp(range.start, range.end));
+        let data = |offset| Place::Data { file: 0, offset };
+        let parts = [
+            (range.start..from, data(range.start)),
+            (from..to, Place::Zero),
+            (to..range.end, data(to)),
+        ];
+        for (part, place) in parts.into_iter().filter(|(part, _)| !part.is_empty()) {
+            out.push(Extent { len: part.end - part.start, place });
+        }
+    }
 }
 
 impl Format for Vhd {
@@ -169,12 +186,13 @@ impl Format for Vhd {
         range: Range<u64>,
         out: &mut Vec<Extent>,
     ) -> Result<Outcome<()>, ImageError> {
-        let Some(table) = &self.table else {
-            let len = range.end - range.start;
-            out.push(Extent { len, place: Place::Data { file: 0, offset: range.start } });
-            return Ok(Outcome::Ready(()));
-        };
-        Ok(table.read(range, out))
+        match &self.table {
+            Some(table) => Ok(table.read(range, out)),
+            None => {
+                self.read_fixed(range, out);
+                Ok(Outcome::Ready(()))
+            }
+        }
     }
 
     fn resolve_write(

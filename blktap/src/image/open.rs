@@ -79,8 +79,9 @@ pub enum BackingPolicy {
     Refuse,
     /// Only the image itself is opened: what it does not have reads as zeroes.
     Ignore,
-    /// Those in the image's own folder, and in these and the folders below them. Always with a
-    /// format that the image names.
+    /// Those in the image's own folder, and in these and the folders below them, with a format
+    /// that the image names. QCOW of version 1 cannot name one: the backing file's is guessed by
+    /// its first bytes, and one that it builds on itself must be in one of these folders.
     Allow(Vec<PathBuf>),
 }
 
@@ -170,7 +171,7 @@ pub fn open_image(options: &ImageOptions) -> Result<Arc<ImageDisk>, ImageOpenErr
 
 /// The image and those it builds on, nearest first.
 pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, ImageOpenError> {
-    let mut opener = Opener { options, seen: Vec::new() };
+    let mut opener = Opener { options, known: Known::Named, seen: Vec::new() };
     let mut layers: Vec<Arc<dyn Format>> = Vec::new();
     let mut next = Some((options.file.clone(), options.format));
     while let Some((file, format)) = next {
@@ -190,7 +191,7 @@ pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, Image
         next = match opened.backing() {
             Some(name) if options.backing != BackingPolicy::Ignore => {
                 let name = opener.existing(&path, name, opened.other_backing_names());
-                Some(opener.parent(&path, &name).map_err(about(&path))?)
+                Some(opener.parent(&path, format, &name).map_err(about(&path))?)
             }
             _ => None,
         };
@@ -201,8 +202,20 @@ pub fn open_layers(options: &ImageOptions) -> Result<Vec<Arc<dyn Format>>, Image
 
 struct Opener<'a> {
     options: &'a ImageOptions,
+    /// How the format of the image that is looked at now is known.
+    known: Known,
     /// Device and inode of each file that is open.
     seen: Vec<(u64, u64)>,
+}
+
+/// How an image's format is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    /// The caller, or the image above it, has named it.
+    Named,
+    /// By its first bytes, which in a raw image a guest may have written. So what it says of
+    /// other files is not believed just because they are in its folder.
+    Guessed,
 }
 
 impl Opener<'_> {
@@ -267,20 +280,25 @@ impl Opener<'_> {
 
     /// How the image that `path` builds on is to be opened.
     fn parent(
-        &self,
+        &mut self,
         path: &Path,
+        above: ImageFormat,
         name: &BackingName,
     ) -> Result<(OpenOptions, ImageFormat), ImageError> {
-        let Some(format) = &name.format else {
-            return Err(ImageError::Unsupported(format!(
-                "its backing file {:?} has no format in the header: give it one with \
-                 `ringback disk rebase -u -b {} -F FORMAT {}`",
-                name.name,
-                name.name,
-                path.display()
-            )));
+        let format = match &name.format {
+            Some(format) => Some(format.parse()?),
+            // Its header has no room for a format.
+            None if above == ImageFormat::Qcow => None,
+            None => {
+                return Err(ImageError::Unsupported(format!(
+                    "its backing file {:?} has no format in the header: give it one with \
+                     `ringback disk rebase -u -b {} -F FORMAT {}`",
+                    name.name,
+                    name.name,
+                    path.display()
+                )));
+            }
         };
-        let format = format.parse()?;
         let found = self.allowed(path, &name.name, "backing file")?;
         let lock = match self.options.file.lock {
             Lock::Off => Lock::Off,
@@ -295,6 +313,11 @@ impl Opener<'_> {
             .cache(cache)
             .lock(lock)
             .logical_block(self.options.file.logical_block);
+        self.known = if format.is_some() { Known::Named } else { Known::Guessed };
+        let format = match format {
+            Some(format) => format,
+            None => guess(&options)?,
+        };
         Ok((options, format))
     }
 
@@ -323,16 +346,27 @@ impl Opener<'_> {
         })?;
         let own = resolve(path).ok().and_then(|p| p.parent().map(Path::to_owned));
         let inside = |folder: &PathBuf| resolve(folder).is_ok_and(|f| real.starts_with(f));
-        if real.parent() == own.as_deref() || folders.iter().any(inside) {
+        let trusts_its_own = self.known == Known::Named && real.parent() == own.as_deref();
+        if trusts_its_own || folders.iter().any(inside) {
             return Ok(meant);
         }
+        let why = match self.known {
+            Known::Named => "is outside the image's folder",
+            Known::Guessed => "is named by an image whose format was guessed",
+        };
         Err(ImageError::Unsupported(format!(
-            "its {what} {} is outside the image's folder: if you trust the image, allow it with \
+            "its {what} {} {why}: if you trust the image, allow it with \
              --allow-backing {}",
             real.display(),
             real.parent().unwrap_or(Path::new("/")).display()
         )))
     }
+}
+
+/// The format of a backing file that nobody names, as QEMU guesses it too.
+fn guess(options: &OpenOptions) -> Result<ImageFormat, ImageError> {
+    let file = storage::open(&options.clone().lock(Lock::Off))?;
+    Ok(super::probe(&file)?.unwrap_or(ImageFormat::Raw))
 }
 
 /// `nbd://...`, `nbd:...`: a protocol before the first slash.
@@ -359,11 +393,12 @@ mod tests {
         let options = |backing| {
             ImageOptions::new(ImageFormat::Raw, OpenOptions::new(&image)).backing(backing)
         };
-        let allowed = |backing, name: &str| {
+        let allowed_to = |known, backing, name: &str| {
             let options = options(backing);
-            let opener = Opener { options: &options, seen: Vec::new() };
+            let opener = Opener { options: &options, known, seen: Vec::new() };
             opener.allowed(&image, name, "backing file").map_err(|e| e.to_string())
         };
+        let allowed = |backing, name: &str| allowed_to(Known::Named, backing, name);
         let own_only = || BackingPolicy::Allow(Vec::new());
         assert_eq!(allowed(own_only(), "base").expect("in its folder"), own.join("base"));
         assert!(allowed(BackingPolicy::Refuse, "base").is_err());
@@ -375,6 +410,10 @@ mod tests {
             assert!(allowed(own_only(), name).expect_err(name).contains("no file"));
         }
         let also = BackingPolicy::Allow(vec![other.clone()]);
-        assert!(allowed(also, "../other/base").is_ok());
+        assert!(allowed(also.clone(), "../other/base").is_ok());
+        // A guest can make a raw image look like one that names other files.
+        let guessed = |backing, name| allowed_to(Known::Guessed, backing, name);
+        assert!(guessed(also, "../other/base").is_ok());
+        assert!(guessed(own_only(), "base").expect_err("guessed").contains("guessed"));
     }
 }

@@ -106,11 +106,11 @@ impl ImageQueue {
             match step {
                 Ok(Step::Sent(bytes)) => self.slots.get_mut(index).sent += bytes,
                 Ok(Step::Miss(miss)) => {
-                    self.slots.get_mut(index).parked = Parked::Yes;
+                    self.slots.get_mut(index).parked = Parked::Load;
                     let token = LOAD | u64::from(self.slots.key(index));
                     return self.lower.job(Job::Load(miss), token);
                 }
-                Ok(Step::Busy) => return self.slots.get_mut(index).parked = Parked::Yes,
+                Ok(Step::Busy) => return self.slots.get_mut(index).parked = Parked::Busy,
                 Err(e) => self.fail(index, &e),
             }
         }
@@ -125,7 +125,7 @@ impl ImageQueue {
     pub(super) fn settle(&mut self, index: u32) {
         let slot = self.slots.get_mut(index);
         let all_sent = slot.errno != 0 || slot.sent >= slot.len;
-        if !all_sent || slot.pending > 0 || slot.parked == Parked::Yes {
+        if !all_sent || slot.pending > 0 || slot.parked != Parked::No {
             return;
         }
         if slot.then == Then::Flush && slot.errno == 0 {
@@ -302,8 +302,14 @@ impl DiskQueue for ImageQueue {
 impl Drop for ImageQueue {
     fn drop(&mut self) {
         while self.slots.users > 0 {
-            let went = self.lower.wait(&[], None).and_then(|_| self.reap());
-            if went.is_err() {
+            if self.reap().is_err() {
+                return self.give_up();
+            }
+            // Who changes these clusters may be this very thread, by another queue.
+            if self.slots.all_wait_for_others() {
+                return;
+            }
+            if self.lower.wait(&[], None).is_err() {
                 return self.give_up();
             }
         }

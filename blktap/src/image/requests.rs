@@ -7,8 +7,10 @@ use crate::formats::{Guard, Lease, Target};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Parked {
     No,
-    /// For metadata, or for somebody else's clusters.
-    Yes,
+    /// For metadata.
+    Load,
+    /// For somebody else's clusters.
+    Busy,
 }
 
 /// What a request has still to do after its data have moved.
@@ -206,7 +208,13 @@ impl Slots {
         let index = key & 0xffff;
         let slot = self.slots.get(index as usize)?;
         let same = u32::from(slot.generation) == key >> 16;
-        (same && slot.parked == Parked::Yes).then_some(index)
+        (same && slot.parked != Parked::No).then_some(index)
+    }
+
+    /// Whether the user's requests all wait for somebody else's clusters, with nothing on its way.
+    pub(super) fn all_wait_for_others(&self) -> bool {
+        let waits = |s: &&Slot| s.parked == Parked::Busy && s.pending == 0;
+        self.slots.iter().filter(waits).count() as u32 == self.users
     }
 
     pub(super) fn free(&mut self, index: u32) {

@@ -51,6 +51,16 @@ fn every() -> Vec<Box<dyn Case>> {
     ]
 }
 
+/// Images that get bitmaps.
+pub fn with_bitmaps() -> Vec<Box<dyn Case>> {
+    use qcow2::Content::{Backing, Empty};
+    vec![
+        qcow2("", 1024, 20_000, Empty),
+        qcow2("", 4096, 300, Backing(200)),
+        qcow2("lazy_refcounts=on", 65536, 1500, Empty),
+    ]
+}
+
 /// One image for each option of QEMU's, and what else is to be compared with a model.
 pub fn matrix() -> Vec<Box<dyn Case>> {
     use qcow2::Content::{Backing, Compressed, Converted, Empty};

@@ -3,10 +3,12 @@
 //!
 //! `RINGBACK_TEST_EFFORT=10 cargo test -p ringback-blktap --test crash` does ten times as much,
 //! `RINGBACK_TEST_CASE=vhd` only what is about VHD.
+mod bitmaps;
 mod case;
 mod cases;
 mod differential;
 mod direct;
+mod dropping;
 mod failing;
 mod history;
 #[path = "../../examples/own_format.rs"]

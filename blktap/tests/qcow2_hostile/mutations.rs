@@ -1,7 +1,13 @@
 //! Good images, and named ways to break them.
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
+use blktap::formats::Format;
+use blktap::formats::qcow2::check::{CHECK_MEMORY, Repair, check, repair, unwatched};
+use blktap::storage::Access;
+
+use crate::bytes::Bytes;
+use crate::disk::Disk;
 use crate::judge::judge;
 use crate::model::{Model, Verdict, be};
 
@@ -235,6 +241,43 @@ fn broken_tables() {
         }
     }
     assert!(unclean > 80 && repaired > 30, "{unclean} are not clean, {repaired} were repaired");
+}
+
+/// No program makes them, and nothing forbids them: L1 entries that share a table, with refcounts
+/// that know of it. Writing through one of them does not show through the others.
+#[test]
+fn a_table_of_several_l1_entries_is_copied_before_it_is_written() {
+    let mut tried = 0;
+    for good in GOOD.iter().filter(|g| !g.kind.contains("refcount_bits=1")) {
+        let (l1, entries) = (be(&good.bytes, 40, 8), be(&good.bytes, 36, 4));
+        let span = be(&good.bytes, 24, 8) / entries;
+        if entries < 4 {
+            continue;
+        }
+        let mut bytes = good.bytes.clone();
+        let shared = be(&bytes, l1, 8) & OFFSET;
+        [0, 2, 3].into_iter().for_each(|n| put(&mut bytes, l1 + n * 8, 8, shared));
+        let memory = Arc::new(Bytes::new(&bytes, Access::ReadWrite));
+        let repaired = repair(&*memory, Repair::All, CHECK_MEMORY, &unwatched).expect("a repair");
+        assert!(repaired.is_clean(), "{}: {repaired:?}", good.kind);
+        let disk = Disk::open(&memory).expect("open");
+        let before = disk.read(0, span).expect("read");
+        assert!(disk.read(2 * span, span).expect("read") == before, "{}", good.kind);
+        for (n, at) in [2, 0, 3].into_iter().enumerate() {
+            disk.write(at * span + 1024, &[n as u8 + 70; 1024]).expect("write");
+        }
+        disk.format.flush().expect("flush");
+        for (n, at) in [2, 0, 3].into_iter().enumerate() {
+            let mut right = before.clone();
+            right[1024..2048].fill(n as u8 + 70);
+            assert!(disk.read(at * span, span).expect("read") == right, "{}: {at}", good.kind);
+        }
+        disk.format.close().expect("close");
+        let after = check(&*memory, CHECK_MEMORY, &unwatched).expect("a check");
+        assert!(after.is_clean(), "{}: {after:?}", good.kind);
+        tried += 1;
+    }
+    assert!(tried > 1, "{tried}");
 }
 
 #[test]

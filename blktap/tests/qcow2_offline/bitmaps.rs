@@ -140,7 +140,7 @@ fn open(memory: &Arc<MemStorage>) -> Qcow2 {
 }
 
 /// Carries a change out, without its data.
-fn change(disk: &Qcow2, range: Range<u64>, what: Change) {
+pub fn change(disk: &Qcow2, range: Range<u64>, what: Change) {
     let waiter = Waiter::new(Arc::new(Mailbox::new().expect("eventfd")), 0);
     let mut at = range.start;
     while at < range.end {

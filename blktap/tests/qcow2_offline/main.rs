@@ -5,5 +5,6 @@ mod check;
 mod measure;
 mod offline;
 mod qemu;
+mod rebase;
 mod repair;
 mod resize;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use blktap::formats::vhd::{CheckReport, CreateOptions, NewParent, Repair, Shape, Vhd};
 use blktap::formats::{Format, ImageError};
+use blktap::storage::record::{Effort, Journal, SparseBytes};
 use blktap::storage::{Access, MemStorage, Storage};
 
 use super::driver::Driver;
@@ -181,7 +182,8 @@ fn growing_beyond_the_block_table() {
     let path = folder.path().join("a.vhd");
     let mut model = three_blocks(&path);
     for size in [5 * BLOCK + 512, 600 * BLOCK, 1 << 40, 2040 << 30] {
-        Vhd::grow(&*storage(&path, Access::ReadWrite), size).unwrap_or_else(|e| panic!("{e}"));
+        Vhd::grow(&*storage(&path, Access::ReadWrite), None, size)
+            .unwrap_or_else(|e| panic!("{e}"));
         assert_clean(&path);
         assert_eq!(open_vhd(&path, Access::ReadOnly).size(), size);
         let info = qemu("qemu-img", &["info", "-f", "vpc", path.to_str().expect("a path")]);
@@ -200,7 +202,7 @@ fn growing_beyond_the_block_table() {
     }
     let storage = storage(&path, Access::ReadWrite);
     for size in [BLOCK, (2040 << 30) + 512, (2040 << 30) + 1] {
-        let refused = Vhd::grow(&*storage, size).expect_err("not a size to grow to");
+        let refused = Vhd::grow(&*storage, None, size).expect_err("not a size to grow to");
         assert!(refused.to_string().contains(&size.to_string()), "{refused}");
     }
 }
@@ -221,7 +223,13 @@ fn a_differencing_image_keeps_its_parent_when_it_grows() {
     disk.write(512, &[3; 512]).expect("write");
     disk.close().expect("close");
     let before = open_vhd(&child, Access::ReadOnly).parent().cloned();
-    Vhd::grow(&*storage(&child, Access::ReadWrite), 1 << 40).unwrap_or_else(|e| panic!("{e}"));
+    let grow = |parent| Vhd::grow(&*storage(&child, Access::ReadWrite), parent, 1 << 40);
+    // What the parent has beyond the image must not come to light.
+    for parent in [None, Some(BLOCK + 512)] {
+        let refused = grow(parent).expect_err("refused").to_string();
+        assert!(refused.contains("parent"), "{refused}");
+    }
+    grow(Some(BLOCK)).unwrap_or_else(|e| panic!("{e}"));
     assert_clean(&child);
     let after = open_vhd(&child, Access::ReadOnly);
     assert_eq!(after.parent(), before.as_ref());
@@ -237,8 +245,10 @@ fn a_fixed_image_grows() {
     let mut disk = drive(&path, Access::ReadWrite);
     disk.write(0, &pattern(1, BLOCK as usize)).expect("write");
     disk.close().expect("close");
-    Vhd::grow(&*storage(&path, Access::ReadWrite), BLOCK + 512).unwrap_or_else(|e| panic!("{e}"));
-    Vhd::grow(&*storage(&path, Access::ReadWrite), 3 * BLOCK).unwrap_or_else(|e| panic!("{e}"));
+    Vhd::grow(&*storage(&path, Access::ReadWrite), None, BLOCK + 512)
+        .unwrap_or_else(|e| panic!("{e}"));
+    Vhd::grow(&*storage(&path, Access::ReadWrite), None, 3 * BLOCK)
+        .unwrap_or_else(|e| panic!("{e}"));
     let mut disk = drive(&path, Access::ReadOnly);
     assert!(disk.read(0, BLOCK as usize).expect("read") == pattern(1, BLOCK as usize));
     let rest = disk.read(BLOCK, 2 * BLOCK as usize).expect("read");
@@ -260,6 +270,45 @@ fn a_fixed_image_grows() {
     let mut disk = drive(&path, Access::ReadOnly);
     assert_eq!(disk.size(), BLOCK);
     assert!(disk.read(0, BLOCK as usize).expect("read") == pattern(1, BLOCK as usize));
+}
+
+/// Cuts the power everywhere while a fixed image grows: read-only, opened for writing and by
+/// QEMU it is the disk of the old or the new size, and nothing of a footer is in it.
+#[test]
+fn a_fixed_image_whose_growing_was_cut_off() {
+    let (old, new) = (40 * 512, 100 * 512);
+    let memory = MemStorage::default();
+    let options = CreateOptions::new(old as u64, Shape::Fixed).expect("options");
+    Vhd::create(&memory, &options).expect("create");
+    memory.write_at(0, &pattern(3, old)).expect("write");
+    let journal = Journal::new(vec![SparseBytes::of(&memory.bytes())]);
+    Vhd::grow(&*journal.storages()[0], None, new as u64).expect("grow");
+    let folder = folder();
+    let [path, raw] = ["a.vhd", "a.raw"].map(|n| folder.path().join(n));
+    let [from, to] = [&path, &raw].map(|p| p.to_str().expect("a path"));
+    let is_whole = |bytes: &[u8]| {
+        assert!(bytes.len() == old || bytes.len() == new, "{} bytes", bytes.len());
+        assert!(bytes[..old] == pattern(3, old) && bytes[old..].iter().all(|b| *b == 0));
+    };
+    let recording = journal.recording();
+    let (mut cuts, mut sizes) = (recording.cuts(), [0, 0]);
+    while cuts.step() {
+        for choice in cuts.choices(Effort { all: 64, sample: 0 }, 1) {
+            std::fs::write(&path, cuts.state(&choice)[0].to_vec()).expect("the cut image");
+            for access in [Access::ReadOnly, Access::ReadWrite] {
+                let mut disk = drive(&path, access);
+                let size = disk.size() as usize;
+                is_whole(&disk.read(0, size).expect("read"));
+                sizes[usize::from(size == new)] += 1;
+            }
+            let mended = check(&path, Repair::All);
+            assert_eq!(mended.corruptions, mended.corruptions_fixed);
+            assert_clean(&path);
+            qemu("qemu-img", &["convert", "-f", "vpc", "-O", "raw", from, to]);
+            is_whole(&std::fs::read(&raw).expect("the disk"));
+        }
+    }
+    assert!(sizes[0] > 4 && sizes[1] > 4, "{sizes:?}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ pub fn resize(
     let alone = opening.clone().alone();
     match format {
         ImageFormat::Raw => raw::resize(&alone.storage()?, wanted, work),
-        ImageFormat::Vhd => vhd::resize(&*alone.storage()?, wanted).map_err(about(opening.file)),
+        ImageFormat::Vhd => vhd::resize(opening, wanted).map_err(about(opening.file)),
         ImageFormat::Qcow2 => qcow2::resize(opening, wanted).map_err(about(opening.file)),
         other => lacks(other, "resizing", "convert it to qcow2"),
     }

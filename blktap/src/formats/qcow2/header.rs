@@ -325,8 +325,8 @@ impl Header {
         Ok(())
     }
 
-    /// The header's cluster as it is to be written.
-    pub fn serialise(&self) -> Result<Vec<u8>, ImageError> {
+    /// The header without its extensions and without the backing file's name.
+    fn fields(&self) -> Vec<u8> {
         let mut out = vec![0; if self.version == Version::V2 { HEADER_V2 } else { HEADER_FULL }];
         let mut put = |at: usize, n: &[u8]| out[at..at + n.len()].copy_from_slice(n);
         put(0, &MAGIC.to_be_bytes());
@@ -349,6 +349,23 @@ impl Header {
             put(104, &[u8::from(self.compression == Compression::Zstd)]);
             out.extend_from_slice(&self.unknown_fields);
         }
+        out
+    }
+
+    /// The header with its extensions, but for the names of feature bits, and without the backing
+    /// file's name.
+    pub(super) fn without_feature_names(&self) -> Vec<u8> {
+        let mut out = self.fields();
+        let list = self.extensions();
+        let kept = list.iter().filter(|e| e.kind != extension::FEATURE_NAMES);
+        kept.for_each(|e| e.append(&mut out));
+        extension::end(&mut out);
+        out
+    }
+
+    /// The header's cluster as it is to be written.
+    pub fn serialise(&self) -> Result<Vec<u8>, ImageError> {
+        let mut out = self.fields();
         self.extensions().iter().for_each(|e| e.append(&mut out));
         extension::end(&mut out);
         if let Some(name) = &self.backing_file {
@@ -388,7 +405,18 @@ impl Header {
         list
     }
 
-    /// Writes the header. The caller orders it and syncs.
+    /// Writes what changes while an image is in use, the refcount table's place and the feature
+    /// bits: a few bytes of one sector. What else is in the header's cluster, the backing file's
+    /// name above all, cannot be torn by it. The caller orders it and syncs.
+    pub fn write_fields(&self, storage: &dyn Storage) -> Result<(), ImageError> {
+        const CLUSTER_BITS_AT: usize = 20;
+        let end = if self.version == Version::V2 { HEADER_V2 } else { 96 };
+        let bytes = &self.fields()[CLUSTER_BITS_AT..end];
+        let written = storage.write_at(CLUSTER_BITS_AT as u64, bytes);
+        written.map_err(ImageError::io("write the header"))
+    }
+
+    /// Writes the whole header, which a crash can tear. The caller orders it and syncs.
     pub fn write(&self, storage: &dyn Storage) -> Result<(), ImageError> {
         let bytes = self.serialise()?;
         storage.write_at(0, &bytes).map_err(ImageError::io("write the header"))

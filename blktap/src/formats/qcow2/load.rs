@@ -1,5 +1,5 @@
 //! What resolving lacks, brought by threads that may block: slices, tables, clusters.
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::formats::{ImageError, Miss};
 use crate::storage::Access;
@@ -135,8 +135,11 @@ impl Qcow2 {
         self.pending.name_table(index);
         if old & OFFSET != 0 {
             let cluster = (old & OFFSET) >> self.layout.cluster_bits;
-            self.space.lock().map.remove(cluster..cluster + 1);
             let clusters = cluster..cluster + 1;
+            let same = |e: &AtomicU64| e.load(Ordering::Acquire) & OFFSET == old & OFFSET;
+            if !self.l1.iter().any(same) {
+                self.space.lock().map.remove(clusters.clone());
+            }
             self.pending.free(Freed { clusters, bytes: Bytes::Stay });
         }
         Ok(())

@@ -119,7 +119,7 @@ impl Space {
 
     /// Writes the header and waits until it is durable.
     pub(super) fn write_header(&mut self) -> Result<(), ImageError> {
-        self.header.write(&*self.storage)?;
+        self.header.write_fields(&*self.storage)?;
         self.storage.sync().map_err(ImageError::io("flush the header"))
     }
 

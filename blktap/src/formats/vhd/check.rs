@@ -4,7 +4,8 @@ use std::ops::Range;
 use zerocopy::IntoBytes;
 
 use super::bitmap::Bitmap;
-use super::footer::{FOOTER, Footer, Footers, Found, Kind};
+use super::footer::{FOOTER, Footers, Found, Kind};
+use super::growth::{self, Search, before_zeroes};
 use super::layout::Survey;
 use super::open::{Sparse, check_fixed, growth};
 use super::space::{Growth, write_footer};
@@ -81,11 +82,7 @@ impl Vhd {
 
 impl Checker<'_> {
     fn run(&mut self) -> Result<(), ImageError> {
-        let mut footers = Footers::read(self.storage)?;
-        if self.is_cut_growth(&footers)? {
-            self.storage.sync().map_err(ImageError::io("flush the file"))?;
-            footers = Footers::read(self.storage)?;
-        }
+        let footers = self.check_growth(Footers::search(self.storage, Search::Whole)?)?;
         let footer = footers.choose()?;
         let size = footer.disk_size()?;
         if footer.kind()? == Kind::Fixed {
@@ -111,49 +108,34 @@ impl Checker<'_> {
         fixes
     }
 
-    /// A fixed image that grew and lost its new footer ends in zeroes behind its old one.
-    fn is_cut_growth(&mut self, footers: &Footers) -> Result<bool, ImageError> {
-        // A fixed disk's first sector is the guest's; what has a table begins with a footer.
-        let nothing = footers.tail == Found::Nothing
-            && !matches!(footers.head, Found::Footer(f) if f.kind()? != Kind::Fixed);
-        if !nothing || growth(self.storage) == Growth::Device {
-            return Ok(false);
-        }
-        let Some(at) = self.last_sector(footers.file_size)? else { return Ok(false) };
-        let mut bytes = [0; 512];
-        self.storage.read_at(at, &mut bytes).map_err(ImageError::io("read the footer"))?;
-        let Found::Footer(footer) = Footer::parse(&bytes) else { return Ok(false) };
-        if footer.kind()? != Kind::Fixed || footer.current_size.get() != at {
-            return Ok(false);
-        }
-        self.report.corrupt("behind its footer the file goes on with zeroes".into());
-        if !self.fixes() {
-            return Ok(false);
-        }
-        self.storage.set_size(at + FOOTER).map_err(ImageError::io("cut the file"))?;
-        Ok(true)
-    }
-
-    /// The last sector that is not zeroes.
-    fn last_sector(&self, file_size: u64) -> Result<Option<u64>, ImageError> {
-        let mut regions = Vec::new();
-        let storage = self.storage;
-        storage.map(0..file_size, &mut regions).map_err(ImageError::io("map the file"))?;
-        let (mut end, mut bytes) = (file_size, Vec::new());
-        for region in regions.into_iter().rev() {
-            let start = end - region.len;
-            while region.kept == Kept::Data && end > start {
-                let at = start.max(end.saturating_sub(PIECE));
-                bytes.resize((end - at) as usize, 0);
-                storage.read_at(at, &mut bytes).map_err(ImageError::io("read the file"))?;
-                if let Some(last) = bytes.iter().rposition(|b| *b != 0) {
-                    return Ok(Some((at + last as u64) / 512 * 512));
-                }
-                end = at;
+    /// A fixed image that was growing: what is left of that is put right. Gives its footers then.
+    fn check_growth(&mut self, mut footers: Footers) -> Result<Footers, ImageError> {
+        if footers.tail == Found::Nothing && !footers.has_copy()? {
+            let found = before_zeroes(self.storage, footers.file_size, Search::Whole)?;
+            let Some((at, mut footer)) = found.filter(|(at, f)| f.current_size.get() == *at) else {
+                return Ok(footers);
+            };
+            self.report.corrupt("behind its footer the file goes on with zeroes".into());
+            if self.fixes() {
+                footers.found(at, footer);
+                growth::undo(self.storage, &footers, &mut footer)?;
             }
-            end = start;
+            return Footers::read(self.storage);
         }
-        Ok(None)
+        let Found::Footer(mut footer) = footers.tail else { return Ok(footers) };
+        let Some(growing) = footer.growing() else { return Ok(footers) };
+        if footer.kind()? != Kind::Fixed {
+            return Ok(footers);
+        }
+        self.report.corrupt(format!(
+            "moving the footer from byte {} to {} was cut off",
+            growing.start, growing.end
+        ));
+        if !self.fixes() {
+            return Ok(footers);
+        }
+        growth::settle(self.storage, &footers, &mut footer)?;
+        Footers::read(self.storage)
     }
 
     /// Entries that name nothing of the file, and those of blocks that the disk does not have.

@@ -1,10 +1,12 @@
 //! The footer: 512 bytes at the end of each image, and a copy of it at the start of images with
 //! a block table ("Hard Disk Footer Format").
+use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::growth::{self, Search};
 use crate::formats::ImageError;
 use crate::storage::Storage;
 
@@ -15,6 +17,8 @@ pub(super) const LARGEST_DISK: u64 = 2040 << 30;
 /// No further structure.
 pub(super) const NOWHERE: u64 = u64::MAX;
 const COOKIE: [u8; 8] = *b"conectix";
+/// What a mark begins with.
+const MARK: [u8; 8] = *b"ringgrow";
 /// 2000-01-01T00:00:00Z in seconds since 1970.
 const EPOCH: u64 = 946_684_800;
 /// tapdisk's version whose bitmaps are little-endian words.
@@ -107,7 +111,18 @@ pub(super) struct Footer {
     pub saved: u8,
     /// tapdisk's mark of a base image that no virtual machine uses by itself.
     pub hidden: u8,
-    reserved: [u8; 426],
+    /// Reserved by the specification: a mark while a fixed image grows, else zeroes.
+    growing: Growing,
+    reserved: [u8; 402],
+}
+
+/// Where the footer of a fixed image that grows was, and where it goes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+struct Growing {
+    mark: [u8; 8],
+    from: U64,
+    to: U64,
 }
 
 /// The complement of the sum of all bytes, the checksum's own counted as zeroes.
@@ -167,6 +182,24 @@ impl Footer {
         self.cylinders = U16::new(geometry.cylinders);
         self.heads = geometry.heads;
         self.sectors = geometry.sectors;
+        self.checksum = self.computed();
+    }
+
+    /// Where the footer was before the image grew, to where it is then, while growing has not
+    /// ended.
+    pub fn growing(&self) -> Option<Range<u64>> {
+        let (from, to) = (self.growing.from.get(), self.growing.to.get());
+        let sectors = from.is_multiple_of(512) && to.is_multiple_of(512);
+        (self.growing.mark == MARK && sectors && from < to).then_some(from..to)
+    }
+
+    /// Sets or clears the mark, with the checksum.
+    pub fn set_growing(&mut self, growing: Option<Range<u64>>) {
+        self.growing = growing.map_or_else(Growing::new_zeroed, |g| Growing {
+            mark: MARK,
+            from: U64::new(g.start),
+            to: U64::new(g.end),
+        });
         self.checksum = self.computed();
     }
 
@@ -239,32 +272,57 @@ pub(super) struct Footers {
     pub file_size: u64,
     /// At the start.
     pub head: Found,
-    /// At the end.
+    /// At the end, or before the zeroes that cut-off growing left there.
     pub tail: Found,
+    tail_at: u64,
 }
 
-fn read_footer(storage: &dyn Storage, at: u64, len: usize) -> Result<Found, ImageError> {
+fn read_footer(storage: &dyn Storage, at: u64, len: usize) -> Result<[u8; 512], ImageError> {
     let mut bytes = [0; 512];
     storage.read_at(at, &mut bytes[..len]).map_err(ImageError::io("read the footer"))?;
-    Ok(Footer::parse(&bytes))
+    Ok(bytes)
 }
 
 impl Footers {
     pub fn read(storage: &dyn Storage) -> Result<Footers, ImageError> {
+        Self::search(storage, Search::Short)
+    }
+
+    /// As [`read`](Footers::read), looking so far for the footer of an image that was growing.
+    pub fn search(storage: &dyn Storage, search: Search) -> Result<Footers, ImageError> {
         let file_size = storage.size().map_err(ImageError::io("read the size"))?;
         if file_size < FOOTER - 1 {
             return Err(ImageError::NotThis("VHD"));
         }
-        let head = read_footer(storage, 0, 512)?;
+        let head = Footer::parse(&read_footer(storage, 0, 512)?);
         // "Versions previous to Microsoft Virtual PC 2004 create a 511-byte disk footer."
         let len = if file_size % 512 == 511 { 511 } else { 512.min(file_size) };
-        let tail = read_footer(storage, file_size - len, len as usize)?;
-        Ok(Footers { file_size, head, tail })
+        let bytes = read_footer(storage, file_size - len, len as usize)?;
+        let tail_at = file_size.saturating_sub(FOOTER - 1) / 512 * 512;
+        let mut footers = Footers { file_size, head, tail: Footer::parse(&bytes), tail_at };
+        if bytes == [0; 512] && !footers.has_copy()? {
+            let found = growth::before_zeroes(storage, file_size, search)?;
+            let growing = |(at, f): &(u64, Footer)| f.growing().is_some_and(|g| g.start == *at);
+            if let Some((at, footer)) = found.filter(growing) {
+                footers.found(at, footer);
+            }
+        }
+        Ok(footers)
+    }
+
+    /// Whether the file begins with the copy of a footer; a fixed disk begins with the guest's.
+    pub fn has_copy(&self) -> Result<bool, ImageError> {
+        Ok(matches!(self.head, Found::Footer(head) if head.kind()? != Kind::Fixed))
+    }
+
+    /// With the footer that counts found elsewhere.
+    pub fn found(&mut self, at: u64, footer: Footer) {
+        (self.tail, self.tail_at) = (Found::Footer(footer), at);
     }
 
     /// Where the footer at the end is, or belongs: behind the last whole sector before it.
     pub fn tail_at(&self) -> u64 {
-        self.file_size.saturating_sub(FOOTER - 1) / 512 * 512
+        self.tail_at
     }
 
     /// The footer that counts. The first sector of a fixed disk is the guest's, and so may the

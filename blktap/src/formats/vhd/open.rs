@@ -10,6 +10,7 @@ use super::batmap::Batmap;
 use super::bitmap::Bitmaps;
 use super::flush::{Dirty, Flushes};
 use super::footer::{FOOTER, Footer, Footers, Found, TAPDISK_OLD};
+use super::growth::{settle, stale_footer};
 use super::header::Header;
 use super::layout::{self, Survey};
 use super::locator::Parent;
@@ -120,10 +121,15 @@ impl Vhd {
             size,
             parent: None,
             table: None,
+            stale: None,
             flushes: Flushes::default(),
         };
         if kind == Kind::Fixed {
             check_fixed(&footers, size)?;
+            match vhd.storage().access() {
+                Access::ReadOnly => vhd.stale = stale_footer(vhd.storage(), &footers, &footer)?,
+                Access::ReadWrite => settle(&*vhd.files[0], &footers, &mut vhd.footer)?,
+            }
             return Ok(vhd);
         }
         let sparse = Sparse::read(vhd.storage(), footers, footer)?;

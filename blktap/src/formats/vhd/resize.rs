@@ -7,10 +7,11 @@ use zerocopy::IntoBytes;
 use zerocopy::big_endian::{U32, U64};
 
 use super::batmap::Batmap;
-use super::footer::{FOOTER, Footer, Footers, Kind, LARGEST_DISK, too_large};
+use super::footer::{FOOTER, Footers, Kind, LARGEST_DISK, too_large};
+use super::growth;
 use super::header::{HEADER, Header};
-use super::open::{Sparse, check_fixed, growth, writable};
-use super::space::{Growth, Space, write_footer};
+use super::open::{Sparse, check_fixed, writable};
+use super::space::{Space, write_footer};
 use super::{UNUSED, Vhd};
 use crate::formats::ImageError;
 use crate::storage::Storage;
@@ -23,9 +24,13 @@ fn sync(storage: &dyn Storage) -> Result<(), ImageError> {
 }
 
 impl Vhd {
-    /// Grows an image to a disk of `size` bytes. What is new reads as zeroes, or as the parent
-    /// where that is longer than the image was.
-    pub fn grow(storage: &dyn Storage, size: u64) -> Result<(), ImageError> {
+    /// Grows an image to a disk of `size` bytes. What is new reads as zeroes; in a fixed image
+    /// whose file has bytes between the disk and the footer these come first, as they are:
+    /// readers that go by another of the footer's sizes have them already.
+    ///
+    /// `parent`: bytes of the disk that a differencing image builds on. One whose parent is
+    /// longer than the image is refused, as the parent would show in what is new.
+    pub fn grow(storage: &dyn Storage, parent: Option<u64>, size: u64) -> Result<(), ImageError> {
         let footers = Footers::read(storage)?;
         let mut footer = footers.choose()?;
         let old_size = footer.disk_size()?;
@@ -41,7 +46,10 @@ impl Vhd {
         }
         if footer.kind()? == Kind::Fixed {
             check_fixed(&footers, old_size)?;
-            return grow_fixed(storage, &footers, footer, size);
+            return growth::grow(storage, &footers, footer, size);
+        }
+        if footer.kind()? == Kind::Differencing && size > old_size {
+            check_parent(parent, old_size)?;
         }
         let mut sparse = Sparse::read(storage, footers, footer)?;
         sparse.check()?;
@@ -70,28 +78,16 @@ impl Vhd {
     }
 }
 
-/// The new footer is there before the old one becomes data of the disk.
-fn grow_fixed(
-    storage: &dyn Storage,
-    footers: &Footers,
-    mut footer: Footer,
-    size: u64,
-) -> Result<(), ImageError> {
-    let old = footers.tail_at();
-    let at = match growth(storage) {
-        Growth::File => size.max(old),
-        Growth::Device if size <= old => old,
-        Growth::Device => return Err(ImageError::NoSpace("the device is too small".into())),
-    };
-    footer.set_size(size);
-    write_footer(storage, &footer, at)?;
-    sync(storage)?;
-    if at > old {
-        let what = "clear the old footer";
-        let end = at.min(old + FOOTER);
-        storage.write_at(old, &[0; 512][..(end - old) as usize]).map_err(ImageError::io(what))?;
+/// The format cannot say that a part of a block is zeroes while the parent has something there.
+fn check_parent(parent: Option<u64>, size: u64) -> Result<(), ImageError> {
+    match parent {
+        None => Err(ImageError::Invalid("the size of its parent is needed".into())),
+        Some(bytes) if bytes > size => Err(ImageError::Unsupported(format!(
+            "growing an image of {size} bytes whose parent has {bytes}: the parent would show in \
+             what is new; convert it to an image without a parent, and grow that"
+        ))),
+        Some(_) => Ok(()),
     }
-    sync(storage)
 }
 
 /// The table may have had room for more blocks than the disk; whatever it says of them is void.

@@ -104,15 +104,15 @@ impl Case for VhdCase {
     }
     fn special(&self, files: &[Arc<dyn Storage>], special: &Special) -> Result<(), ImageError> {
         match special {
-            Special::Resize(size) => Vhd::grow(&*files[0], *size),
+            Special::Resize(size) => {
+                let parent = (self.base() > 0).then(|| self.base() * 512);
+                Vhd::grow(&*files[0], parent, *size)
+            }
             _ => Err(ImageError::Unsupported(format!("{special:?}"))),
         }
     }
     fn specials(&self) -> Specials {
-        // A fixed image that is cut while it grows has its old footer among its new sectors, or
-        // is found again only by a check.
-        let grow = (self.kind != Kind::Fixed).then_some(self.sectors * 3 / 2);
-        Specials { grow, ..Specials::default() }
+        Specials { grow: Some(self.sectors * 3 / 2), ..Specials::default() }
     }
     fn qemu(&self) -> Option<&'static str> {
         (self.kind != Kind::Differencing).then_some("vpc")

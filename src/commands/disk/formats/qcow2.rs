@@ -11,6 +11,7 @@ use blktap::formats::qcow2::create::{CreateOptions, DataFile, DataFileKind, Prea
 use blktap::formats::qcow2::entry::Layout;
 use blktap::formats::qcow2::header::{Compression, Header, Version};
 use blktap::formats::qcow2::measure::{self, Preallocated};
+use blktap::formats::qcow2::rebase;
 use blktap::formats::qcow2::resize::{self, Around, Below, Shrink};
 use blktap::formats::qcow2::snapshots::{self, Snapshot, SnapshotView, Which};
 use blktap::formats::qcow2::{Qcow2, Qcow2Options, create};
@@ -309,15 +310,14 @@ fn data_file(opening: &Opening<'_>, header: &Header) -> Result<Arc<FileStorage>>
 
 /// Names another backing file in the header.
 pub fn set_backing(storage: &dyn Storage, backing: Option<&NewBacking>) -> Result<()> {
-    let mut header = Header::read(storage)?;
-    if backing.is_some() && header.has_raw_data() {
+    if backing.is_some() && Header::read(storage)?.has_raw_data() {
         return Err("its data file is raw, and has no room for what is not allocated".into());
     }
-    header.backing_file = backing.map(|b| b.name.clone());
-    header.backing_format = backing.map(|b| qemu_name(b.format).to_owned());
-    header.write(storage)?;
-    storage.sync()?;
-    Ok(())
+    let named = backing.map(|b| BackingName {
+        name: b.name.clone(),
+        format: Some(qemu_name(b.format).to_owned()),
+    });
+    Ok(rebase::set_backing(storage, named.as_ref())?)
 }
 
 /// Copies into compressed clusters of a new image.

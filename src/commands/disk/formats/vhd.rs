@@ -6,7 +6,7 @@ use std::sync::Arc;
 use blktap::formats::Format;
 use blktap::formats::vhd::{CreateOptions, Kind, NewParent, Repair as Repairs, Shape, Vhd};
 use blktap::image::ImageFormat;
-use blktap::storage::{FileStorage, Storage};
+use blktap::storage::{Access, FileStorage, Storage};
 
 use super::super::check::Checked;
 use super::super::create::{NewBacking, NewImage};
@@ -116,12 +116,20 @@ pub fn check(storage: &dyn Storage, repair: Option<Repair>) -> Result<Checked> {
     })
 }
 
-pub fn resize(storage: &dyn Storage, wanted: &Wanted) -> Result<()> {
+pub fn resize(opening: &Opening<'_>, wanted: &Wanted) -> Result<()> {
     if wanted.new < wanted.old {
         return Err("a VHD cannot be made smaller: convert it".into());
     }
     if wanted.preallocation != Preallocation::Off {
         return Err(Usage("--preallocation: vhd has only off".into()).into());
     }
-    Ok(Vhd::grow(storage, wanted.new)?)
+    let parent = parent_size(opening)?;
+    Ok(Vhd::grow(&*opening.clone().alone().storage()?, parent, wanted.new)?)
+}
+
+/// Bytes of the disk that the image builds on.
+fn parent_size(opening: &Opening<'_>) -> Result<Option<u64>> {
+    let reading = Opening { access: Access::ReadOnly, ..opening.clone() };
+    let layers = blktap::image::open_layers(&reading.image_options(ImageFormat::Vhd))?;
+    Ok(layers.get(1).map(|parent| parent.size()))
 }

@@ -49,15 +49,16 @@ impl Recorder {
             bitmaps.push(Bitmap { entry, bits });
         }
         let recorder = Recorder { storage: Arc::clone(storage), header: header.clone(), bitmaps };
-        if recorder.records() {
+        if storage.access() == Access::ReadWrite && recorder.has_marks() {
             recorder.mark_in_use()?;
         }
         Ok(recorder)
     }
 
-    /// Whether there is a bitmap that records.
-    pub fn records(&self) -> bool {
-        self.bitmaps.iter().any(|b| b.bits.is_some())
+    /// Whether there is a bitmap that is in use from now on, or that says so already: that mark
+    /// is perhaps only in the page cache, left by one who ended before it was durable.
+    fn has_marks(&self) -> bool {
+        self.bitmaps.iter().any(|b| b.entry.flags & AUTO != 0)
     }
 
     fn mark_in_use(&self) -> Result<(), ImageError> {

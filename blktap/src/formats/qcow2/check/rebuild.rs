@@ -97,7 +97,10 @@ fn place(image: &Image<'_>, used: &BTreeSet<u64>, start: u64) -> Result<Plan, Im
         let mut blocks = used.clone();
         blocks.extend(start / per..=last);
         let end = start + blocks.len() as u64 + table;
-        let need = (((end - 1) / per + 1) * 8).div_ceil(image.cluster());
+        // Blocks may be kept for clusters far behind.
+        let top = blocks.last().copied().unwrap_or(0).max((end - 1) / per);
+        check_index(top)?;
+        let need = ((top + 1) * 8).div_ceil(image.cluster());
         if (end - 1) / per == last && need == table {
             let blocks = blocks.into_iter().collect();
             return Ok(Plan { clusters: start..end, blocks, table });

@@ -6,6 +6,9 @@
 //! names an operation of io_uring that opens, and the text of the file that must not be read must
 //! not come out.
 
+mod loops;
+mod places;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -116,7 +119,15 @@ fn qcow() -> Vec<Broken> {
         one("tables", 33, vec![60]),
         one("encrypted", 36, be32(1)),
         one("L1 far away", 40, be64(1 << 62)),
+        one("L1 in the header", 40, be64(8)),
+        // The L1 table follows the header.
+        one("L2 far away", 48, be64(1 << 62)),
+        one("L2 in the L1 table", 48, be64(48)),
+        one("L2 in the header", 48, be64(1)),
+        broken("backing name too long", "qcow", vec![(8, be64(48)), (16, be32(u32::MAX))]),
+        broken("backing name far away", "qcow", vec![(8, be64(1 << 62)), (16, be32(5))]),
         Broken { cut: Some(40), ..broken("cut in the header", "qcow", Vec::new()) },
+        Broken { cut: Some(0), ..broken("empty", "qcow", Vec::new()) },
     ]
 }
 
@@ -142,11 +153,12 @@ fn good(folder: &Path, format: &str) -> PathBuf {
     path
 }
 
-fn ringback(image: &Path, log: &Path, arguments: &[&str]) -> Output {
+/// Runs `ringback ARGUMENTS IMAGE REST` under limits, watched.
+fn ringback(image: &Path, log: &Path, arguments: &[&str], rest: &[&str]) -> Output {
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-e", "trace=open,openat,openat2,creat,execve", "-o"]).arg(log);
     command.args(["prlimit", "--as=536870912", "timeout", "-k", "1", "10"]);
-    command.arg(env!("CARGO_BIN_EXE_ringback")).args(arguments).arg(image);
+    command.arg(env!("CARGO_BIN_EXE_ringback")).args(arguments).arg(image).args(rest);
     command.output().expect("strace (Debian: strace), prlimit (util-linux)")
 }
 
@@ -169,6 +181,49 @@ fn strangers(log: &Path, image: &Path) -> Vec<String> {
     opened.filter(|path| !allowed(path)).collect()
 }
 
+/// `ringback disk`, which must succeed.
+fn ringback_disk(folder: &Path, arguments: &[&str]) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringback"));
+    let done = command.current_dir(folder).arg("disk").args(arguments).output().expect("ringback");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// What the commands make of an image: an answer or a clear error, and no other file opened.
+fn judge(image: &Path, log: &Path, bytes: &[u8], b: &Broken) -> u32 {
+    let commands = ["info", "check", "map", "compare"];
+    for command in commands {
+        fs::write(image, bytes).expect("the image");
+        let itself = image.to_str().expect("a path");
+        let arguments: &[&str] = match command {
+            "compare" => &["disk", "compare", "-f", b.format, "-F", b.format, itself],
+            other => &["disk", other, "-f", b.format],
+        };
+        let out = ringback(image, log, arguments, &[]);
+        let (stdout, stderr) =
+            (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+        let what = format!("{} {}: {command}: {stdout}{stderr}", b.format, b.name);
+        let code = out.status.code();
+        assert!(matches!(code, Some(0..=3 | 63)), "{what}: {:?}", out.status);
+        if code == Some(1) {
+            assert!(stderr.lines().any(|l| l.starts_with("ringback: ")), "{what}");
+        }
+        assert!(!stderr.contains("panicked") && !stdout.contains(SECRET), "{what}");
+        assert_eq!(strangers(log, image), [""; 0], "{what}");
+    }
+    commands.len() as u32
+}
+
+impl Broken {
+    /// The good image with the change.
+    fn apply(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        for (at, patch) in &self.patches {
+            bytes[*at as usize..*at as usize + patch.len()].copy_from_slice(patch);
+        }
+        bytes.truncate(self.cut.map_or(bytes.len(), |cut| cut as usize));
+        bytes
+    }
+}
+
 #[test]
 fn broken_images_are_refused_or_read_and_nothing_else_is_opened() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -179,33 +234,29 @@ fn broken_images_are_refused_or_read_and_nothing_else_is_opened() {
     let all = qcow2(&secret).into_iter().chain(vhd()).chain(qcow());
     let mut runs = 0;
     for b in all {
-        let mut bytes = fs::read(good(dir.path(), b.format)).expect("the good image");
-        for (at, patch) in &b.patches {
-            bytes[*at as usize..*at as usize + patch.len()].copy_from_slice(patch);
-        }
-        bytes.truncate(b.cut.map_or(bytes.len(), |cut| cut as usize));
-        for command in ["info", "check", "map", "compare"] {
-            fs::write(&image, &bytes).expect("the image");
-            let itself = image.to_str().expect("a path");
-            let arguments: &[&str] = match command {
-                "compare" => &["disk", "compare", "-f", b.format, "-F", b.format, itself],
-                other => &["disk", other, "-f", b.format],
-            };
-            let out = ringback(&image, &log, arguments);
-            let (stdout, stderr) =
-                (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-            let what = format!("{} {}: {command}: {stdout}{stderr}", b.format, b.name);
-            let code = out.status.code();
-            assert!(matches!(code, Some(0..=3 | 63)), "{what}: {:?}", out.status);
-            if code == Some(1) {
-                assert!(stderr.lines().any(|l| l.starts_with("ringback: ")), "{what}");
-            }
-            assert!(!stderr.contains("panicked") && !stdout.contains(SECRET), "{what}");
-            assert_eq!(strangers(&log, &image), [""; 0], "{what}");
-            runs += 1;
-        }
+        let bytes = b.apply(fs::read(good(dir.path(), b.format)).expect("the good image"));
+        runs += judge(&image, &log, &bytes, &b);
     }
     assert!(runs > 150, "{runs}");
+}
+
+#[test]
+fn broken_snapshots_bitmaps_refcounts_and_parents() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let alone = tempfile::tempdir().expect("a folder");
+    let (log, image) = (dir.path().join("log"), alone.path().join("image"));
+    let good_qcow2 = places::rich_qcow2(dir.path(), &good(dir.path(), "qcow2"));
+    let mut runs = 0;
+    for b in places::qcow2(&good_qcow2) {
+        runs += judge(&image, &log, &b.apply(good_qcow2.clone()), &b);
+    }
+    let good_vhd = places::rich_vhd(dir.path());
+    for b in places::vhd() {
+        let mut bytes = b.apply(good_vhd.clone());
+        places::seal(&mut bytes);
+        runs += judge(&image, &log, &bytes, &b);
+    }
+    assert!(runs > 240, "{runs}");
 }
 
 #[test]
@@ -216,7 +267,7 @@ fn the_watch_sees_a_file_that_is_opened() {
     let top = dir.path().join("top");
     let names = [base.to_str(), top.to_str()].map(|n| n.expect("a path"));
     qemu_img(&["create", "-q", "-f", "qcow2", "-b", names[0], "-F", "raw", names[1]]);
-    let out = ringback(&top, &log, &["disk", "map", "-f", "qcow2"]);
+    let out = ringback(&top, &log, &["disk", "map", "-f", "qcow2"], &[]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert_eq!(strangers(&log, &top), [names[0]]);
 }
