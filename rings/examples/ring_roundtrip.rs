@@ -88,8 +88,7 @@ fn main() {
     let pairs = pairs.map_or(31, |n| n.parse().expect("--pairs N"));
     let folder = tempfile::tempdir().expect("temporary folder");
     let c = CRing::load(folder.path()).unwrap_or_else(|why| panic!("{why}"));
-    let mut cases = vec![(1, 1), (1, 4), (1, 32), (16, 32), (16, 512)];
-    if let Some(b) = args.iter().skip_while(|a| *a != "--batch").nth(1) { let b: u32 = b.parse().unwrap(); cases.retain(|c| c.1 == b && c.0 == 1); }
+    let cases = [(1, 1), (1, 4), (1, 32), (16, 32), (16, 512)];
     let rows: Vec<Row> = cases.iter().map(|(p, b)| measure(&c, *p, *b, pairs)).collect();
     if args.iter().any(|a| a == "--json") {
         let rows: Vec<_> = rows.iter().map(json).collect();
