@@ -220,7 +220,8 @@ fn main() -> Result<()> {
     }
     let folder = tempfile::tempdir_in(".")?;
     if !json {
-        let names: Vec<_> = RUNNERS[..runners].iter().map(|(name, ..)| format!("{name:>17}")).collect();
+        let names: Vec<_> =
+            RUNNERS[..runners].iter().map(|(name, ..)| format!("{name:>17}")).collect();
         println!("IOPS (our qcow2 as a multiple)  {}", names.join("  "));
     }
     let time = Duration::from_secs_f64(seconds);
