@@ -106,8 +106,9 @@ impl Stack {
 pub struct BackRing<P: Protocol, M, T> {
     region: Region<M>,
     slots: u32,
-    /// Requests seen (the last `req_prod` that was read). How many were taken (`req_cons`), the
-    /// table says.
+    /// Requests taken (`req_cons`): the table's own count, which need not be read back.
+    taken: u32,
+    /// Requests seen (the last `req_prod` that was read).
     seen: u32,
     /// Responses written (`rsp_prod_pvt`) and published.
     written: u32,
@@ -142,6 +143,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         let mut ring = BackRing {
             region,
             slots,
+            taken: rsp_prod,
             seen: rsp_prod,
             written: rsp_prod,
             published: rsp_prod,
@@ -163,8 +165,8 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.table.taken().is_none() {
             self.table.begin(self.published);
         }
-        let (taken, entries) = (self.taken(), self.entries);
-        self.seen = taken;
+        let (taken, entries) = (self.table.taken().unwrap_or(self.published), self.entries);
+        (self.taken, self.seen) = (taken, taken);
         let count = taken.wrapping_sub(self.published);
         if count > self.slots {
             return Err(self.foreign(count));
@@ -201,19 +203,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         Corrupt { ring: P::NAME, index: "rsp_prod", found, least, room: self.slots }
     }
 
-    /// Index of the next request to take (`req_cons`).
-    #[inline(always)]
-    fn taken(&self) -> u32 {
-        self.table.taken().unwrap_or(self.published)
-    }
-
     /// Slots of the ring.
     pub fn slots(&self) -> u32 {
         self.slots
     }
     /// Requests taken and not answered, with those still to be taken again.
     pub fn in_flight(&self) -> u32 {
-        self.taken().wrapping_sub(self.written)
+        self.taken.wrapping_sub(self.written)
     }
     /// Requests of a predecessor that [`take`](Self::take) is still to give again.
     pub fn replays(&self) -> u32 {
@@ -244,13 +240,14 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.replay.len > 0 {
             return Ok(self.take_again());
         }
-        let at = self.taken();
+        let at = self.taken;
         if at == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
         // Its entry is free: no more requests are seen than the ring has slots.
         let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
         let (slot, req) = self.table.put(at, self.region.arriving(self.slot_offset(at), unit));
+        self.taken = at.wrapping_add(1);
         Ok(Some(Taken { slot: Slot(slot), req }))
     }
 
@@ -328,7 +325,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     #[inline]
     fn unconsumed(&self) -> u32 {
-        self.seen.wrapping_sub(self.taken()).wrapping_add(self.replays())
+        self.seen.wrapping_sub(self.taken).wrapping_add(self.replays())
     }
 
     #[cold]
@@ -360,7 +357,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if self.unconsumed() > 0 || self.look()? == Pending::Work {
             return Ok(Pending::Work);
         }
-        let wanted = self.taken().wrapping_add(1);
+        let wanted = self.taken.wrapping_add(1);
         let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
@@ -371,7 +368,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     pub fn arm_after(&mut self, messages: NonZeroU32) -> Result<Pending, Corrupt> {
         let _ = self.look()?;
         if self.unconsumed() < messages.get() {
-            let wanted = self.taken().wrapping_add(messages.get());
+            let wanted = self.taken.wrapping_add(messages.get());
             let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
@@ -381,7 +378,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(REQ_EVENT), self.taken());
+        index::disarm(self.region.word(REQ_EVENT), self.taken);
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.

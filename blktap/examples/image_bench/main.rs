@@ -1,6 +1,8 @@
 //! QCOW2 in process: beside raw on the same engine, beside qcow2-rs and imago.
 //!
-//!     cargo run --release -p ringback-blktap --example image_bench -- [--json] [SECONDS]
+//!     cargo run --release -p ringback-blktap --example image_bench -- [--json] [--ours] [--row WORK,CACHE,DEPTH]... [SECONDS]
+//!
+//! `--ours` leaves the peers out; `--row read,cached,1` measures that row (and others so named).
 //!
 //! 4 KiB random requests of one thread to images of 256 MiB in the present folder, made by
 //! qemu-img (Debian: qemu-utils). Reads and overwrites of a full image, and first writes to an
@@ -12,6 +14,7 @@ mod peers;
 mod ringback;
 
 use std::error::Error;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -124,8 +127,28 @@ fn image(folder: &Path, format: &str, work: Work) -> Result<PathBuf> {
     if !status.success() {
         return Err(format!("qemu-img: {status}").into());
     }
-    std::fs::File::open(&path)?.sync_all()?;
+    let file = std::fs::File::open(&path)?;
+    file.sync_all()?;
+    if work != Work::FirstWrite {
+        cache_by_blocks(&file)?;
+    }
     Ok(path)
+}
+
+/// Has the page cache keep a file in pages of 4 KiB. As qemu-img writes a raw file and a QCOW2 one
+/// they are in folios of different sizes, and what the kernel takes for a request differs more by
+/// that than by the format. Reading ahead on demand makes single pages.
+fn cache_by_blocks(file: &std::fs::File) -> Result<()> {
+    use rustix::fs::{Advice, fadvise};
+    const WINDOW: usize = 128 << 10;
+    fadvise(file, 0, None, Advice::DontNeed)?;
+    let mut bytes = vec![0; WINDOW];
+    let mut at = 0;
+    while at < file.metadata()?.len() {
+        fadvise(file, at, NonZeroU64::new(WINDOW as u64), Advice::WillNeed)?;
+        at += std::os::unix::fs::FileExt::read_at(file, &mut bytes, at)? as u64;
+    }
+    Ok(())
 }
 
 fn median(mut of: Vec<f64>) -> f64 {
@@ -134,12 +157,12 @@ fn median(mut of: Vec<f64>) -> f64 {
 }
 
 /// Rates of all runners in each round.
-fn rounds(folder: &Path, load: &Load) -> Result<Vec<Vec<f64>>> {
+fn rounds(folder: &Path, load: &Load, runners: usize) -> Result<Vec<Vec<f64>>> {
     let mut images = Vec::new();
     for format in ["raw", "qcow2"] {
         images.push((format, image(folder, format, load.work)?));
     }
-    let mut rates = vec![Vec::new(); RUNNERS.len()];
+    let mut rates = vec![Vec::new(); runners];
     for _ in 0..ROUNDS {
         for ((name, run, format), rates) in RUNNERS.iter().zip(&mut rates) {
             if load.work == Work::FirstWrite {
@@ -177,17 +200,28 @@ fn print(load: &Load, rates: &[Vec<f64>], json: bool) {
     println!();
 }
 
+/// A row's name, as `--row` has it.
+fn name(load: &Load) -> String {
+    let cache = if load.direct { "direct" } else { "cached" };
+    format!("{:?},{cache},{}", load.work, load.depth).to_lowercase()
+}
+
 fn main() -> Result<()> {
-    let (mut json, mut seconds) = (false, 0.5);
-    for argument in std::env::args().skip(1) {
+    let (mut json, mut seconds, mut runners) = (false, 0.5, RUNNERS.len());
+    let mut rows = Vec::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = true,
+            "--ours" => runners = 2,
+            "--row" => rows.push(arguments.next().ok_or("--row: which?")?),
             other => seconds = other.parse()?,
         }
     }
     let folder = tempfile::tempdir_in(".")?;
     if !json {
-        let names: Vec<_> = RUNNERS.iter().map(|(name, ..)| format!("{name:>17}")).collect();
+        let names: Vec<_> =
+            RUNNERS[..runners].iter().map(|(name, ..)| format!("{name:>17}")).collect();
         println!("IOPS (our qcow2 as a multiple)  {}", names.join("  "));
     }
     let time = Duration::from_secs_f64(seconds);
@@ -195,7 +229,9 @@ fn main() -> Result<()> {
         for direct in [false, true] {
             for depth in [1, 32] {
                 let load = Load { work, direct, depth, time };
-                print(&load, &rounds(folder.path(), &load)?, json);
+                if rows.is_empty() || rows.contains(&name(&load)) {
+                    print(&load, &rounds(folder.path(), &load, runners)?, json);
+                }
             }
         }
     }

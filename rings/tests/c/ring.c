@@ -114,23 +114,21 @@ int c_back_arm(struct back *b)
 
 /*
  * `rounds` round trips of `batch` requests each, both ends in this thread. As any backend does
- * whose requests outlive the loop that takes them, it copies each into a private entry. The sum
- * of what came back is returned, so that nothing is optimised away.
+ * whose requests outlive the loop that takes them, it copies each into a private entry, and as
+ * in any driver the ends lie in memory: as locals of this one function their indices would be in
+ * registers. The sum of what came back is returned, so that nothing is optimised away.
  */
 uint64_t c_roundtrips(void *page, size_t bytes, uint64_t rounds, unsigned batch)
 {
     toy_sring_t *s = page;
-    toy_front_ring_t front;
-    toy_back_ring_t back;
+    struct front *front = c_front_init(page, bytes);
+    struct back *back = c_back_attach(page, bytes);
     unsigned n, i, slots, nr_free, nr_held = 0;
     uint64_t sum = 0, id = 0, events = 0;
     struct toy_request *held;
     uint32_t *spare, *order;
 
-    SHARED_RING_INIT(s);
-    FRONT_RING_INIT(&front, s, bytes);
-    BACK_RING_ATTACH(&back, s, s->rsp_prod, bytes);
-    slots = RING_SIZE(&front);
+    slots = RING_SIZE(&front->ring);
     held = calloc(slots, sizeof(*held));
     spare = calloc(slots, sizeof(*spare));
     order = calloc(slots, sizeof(*order));
@@ -141,54 +139,56 @@ uint64_t c_roundtrips(void *page, size_t bytes, uint64_t rounds, unsigned batch)
         RING_IDX rc, rp;
         int flag;
 
-        for (n = 0; n < batch && !RING_FULL(&front); n++) {
-            struct toy_request *req = RING_GET_REQUEST(&front, front.req_prod_pvt);
+        for (n = 0; n < batch && !RING_FULL(&front->ring); n++) {
+            struct toy_request *req = RING_GET_REQUEST(&front->ring, front->ring.req_prod_pvt);
             for (i = 0; i < 14; i++)
                 req->word[i] = id + i;
             id++;
-            front.req_prod_pvt++;
+            front->ring.req_prod_pvt++;
         }
-        RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&front, flag);
+        RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&front->ring, flag);
         events += flag;
 
         do {
-            rc = back.req_cons;
+            rc = back->ring.req_cons;
             rp = s->req_prod;
             xen_rmb();
-            if (RING_REQUEST_PROD_OVERFLOW(&back, rp))
+            if (RING_REQUEST_PROD_OVERFLOW(&back->ring, rp))
                 return 0;
-            while (rc != rp && !RING_REQUEST_CONS_OVERFLOW(&back, rc)) {
+            while (rc != rp && !RING_REQUEST_CONS_OVERFLOW(&back->ring, rc)) {
                 unsigned slot = spare[--nr_free];
-                RING_COPY_REQUEST(&back, rc, &held[slot]);
-                back.req_cons = ++rc;
+                RING_COPY_REQUEST(&back->ring, rc, &held[slot]);
+                back->ring.req_cons = ++rc;
                 order[nr_held++] = slot;
             }
             while (nr_held) {
                 unsigned slot = order[--nr_held];
                 struct toy_response rsp = { { held[slot].word[0], held[slot].word[13] } };
-                *RING_GET_RESPONSE(&back, back.rsp_prod_pvt) = rsp;
-                back.rsp_prod_pvt++;
+                *RING_GET_RESPONSE(&back->ring, back->ring.rsp_prod_pvt) = rsp;
+                back->ring.rsp_prod_pvt++;
                 spare[nr_free++] = slot;
             }
-            RING_PUSH_RESPONSES_AND_CHECK_NOTIFY(&back, flag);
+            RING_PUSH_RESPONSES_AND_CHECK_NOTIFY(&back->ring, flag);
             events += flag;
-            RING_FINAL_CHECK_FOR_REQUESTS(&back, flag);
+            RING_FINAL_CHECK_FOR_REQUESTS(&back->ring, flag);
         } while (flag);
 
         do {
             RING_IDX p = s->rsp_prod;
             xen_rmb();
-            if (RING_RESPONSE_PROD_OVERFLOW(&front, p))
+            if (RING_RESPONSE_PROD_OVERFLOW(&front->ring, p))
                 return 0;
-            while (front.rsp_cons != p) {
+            while (front->ring.rsp_cons != p) {
                 struct toy_response rsp;
-                RING_COPY_RESPONSE(&front, front.rsp_cons, &rsp);
-                front.rsp_cons++;
+                RING_COPY_RESPONSE(&front->ring, front->ring.rsp_cons, &rsp);
+                front->ring.rsp_cons++;
                 sum += rsp.word[0] ^ rsp.word[1];
             }
-            RING_FINAL_CHECK_FOR_RESPONSES(&front, flag);
+            RING_FINAL_CHECK_FOR_RESPONSES(&front->ring, flag);
         } while (flag);
     }
+    c_free(front);
+    c_free(back);
     free(held);
     free(spare);
     free(order);

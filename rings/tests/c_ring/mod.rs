@@ -49,7 +49,7 @@ pub(crate) struct CRing {
 }
 
 impl CRing {
-    /// Compiles `ring.c` with `cc -O2` in `folder` and loads it.
+    /// Compiles `ring.c` with `cc -O3`, what a release build of Rust has too, in `folder` and loads it.
     pub(crate) fn load(folder: &Path) -> Result<CRing, String> {
         if !Path::new(HEADER).exists() {
             return Err(format!("{HEADER} is missing: install the package libxen-dev"));
@@ -57,7 +57,7 @@ impl CRing {
         let (source, library) = (folder.join("ring.c"), folder.join("ring.so"));
         std::fs::write(&source, SOURCE).map_err(|e| format!("{}: {e}", source.display()))?;
         let output = Command::new("cc")
-            .args(["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
+            .args(["-O3", "-Wall", "-Werror", "-shared", "-fPIC", "-o"])
             .args([&library, &source])
             .output()
             .map_err(|e| format!("cc: {e}: install the package gcc"))?;

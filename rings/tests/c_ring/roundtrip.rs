@@ -7,6 +7,17 @@ use rings::{BackRing, Corrupt, FrontRing, InFlight, Notify, Pending, Slot};
 
 use super::c_ring::Toy;
 
+/// What a backend keeps of a request of its own: here, the words that the answer needs. They do
+/// not lie side by side: that would be loaded as one word of 16 bytes, and such a load waits until
+/// both stores have left the processor.
+#[derive(Default)]
+#[repr(C)]
+struct Held {
+    first: u64,
+    slot: Option<Slot>,
+    last: u64,
+}
+
 /// `rounds` round trips of `batch` requests over `page`, both ends in this thread; the sum of
 /// what came back and the number of notifications.
 pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
@@ -18,9 +29,7 @@ pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
     let mut front = FrontRing::<Toy, _>::init(page.clone(), Default::default()).expect("a ring");
     let (mut back, _) =
         BackRing::<Toy, _, T>::attach(page.clone(), table, Default::default()).expect("a ring");
-    // What a backend keeps of a request of its own: here, the words that the answer needs.
-    let nothing = || (None::<Slot>, 0, 0);
-    let mut held: Box<[_]> = (0..back.slots()).map(|_| nothing()).collect();
+    let mut held: Box<[_]> = (0..back.slots()).map(|_| Held::default()).collect();
     let mut count = 0;
     let (mut sum, mut id, mut events) = (0u64, 0u64, 0u64);
     for _ in 0..rounds {
@@ -33,12 +42,13 @@ pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
         events += u64::from(front.publish() == Notify::Send);
         loop {
             while let Some(taken) = back.take()? {
-                held[count] = (Some(taken.slot), taken.req[0], taken.req[13]);
+                let (first, last) = (taken.req[0], taken.req[13]);
+                held[count] = Held { first, slot: Some(taken.slot), last };
                 count += 1;
             }
             while count > 0 {
                 count -= 1;
-                let (slot, first, last) = &mut held[count];
+                let Held { first, slot, last } = &mut held[count];
                 let Some(slot) = slot.take() else { break };
                 back.respond(slot, &[*first, *last]);
             }

@@ -214,10 +214,11 @@ impl Place<'_> {
     }
 }
 
-/// Data without holes.
+/// Data without holes, written block by block: in large pieces the page cache would keep it in
+/// large folios, and the file system would take longer for a small write than any server does.
 fn fill(path: &Path, size: u64) -> Result<()> {
     let mut file = std::fs::File::create(path)?;
-    (0..size >> 20).try_for_each(|n| file.write_all(&vec![n as u8 | 1; 1 << 20]))?;
+    (0..size >> 12).try_for_each(|n| file.write_all(&[n as u8 | 1; 4096]))?;
     Ok(file.sync_all()?)
 }
 
