@@ -4,6 +4,7 @@ pub mod disk;
 
 use std::path::PathBuf;
 
+use blktap::formats::qcow2::L2Cache;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A user-space Xen split-driver I/O stack.
@@ -208,6 +209,11 @@ pub struct ExportNbd {
     /// How the host's page cache is used.
     #[arg(long, value_enum, default_value = "none")]
     pub cache: CacheMode,
+    /// Memory for the L2 tables of each QCOW2 image of a chain, in bytes (K, M or G), or all.
+    ///
+    /// 1 MiB is enough for 8 GiB of disk in clusters of 64 KiB.
+    #[arg(long, value_name = "SIZE", default_value = "32M")]
+    pub l2_cache_size: L2Cache,
     /// Open backing files in this folder too, and below it; may be repeated.
     ///
     /// Without it an image may build only on files in its own folder.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
@@ -34,6 +35,8 @@ pub struct Wanted {
     pub access: Access,
     /// How to use the page cache.
     pub cache: Cache,
+    /// Memory for the L2 tables of a QCOW2 image.
+    pub l2_cache: L2Cache,
 }
 
 /// Opens the disk that a node names. Its error's text reaches the guest's administrator.
@@ -138,6 +141,7 @@ impl BlkDevice {
             params,
             access: if writable { Access::ReadWrite } else { Access::ReadOnly },
             cache: config.cache,
+            l2_cache: config.l2_cache_size,
         })
     }
 
@@ -340,7 +344,8 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     let told = |e: &dyn std::fmt::Display| Fault(format!("{}: {e}", wanted.params));
     let format: ImageFormat = format.parse().map_err(|e| told(&e))?;
     let file = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
-    let options = ImageOptions::new(format, file).backing(backing.clone());
+    let options =
+        ImageOptions::new(format, file).backing(backing.clone()).l2_cache(wanted.l2_cache);
     image::open(&options).map_err(|e| Fault(e.to_string()))
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use blktap::formats::qcow2::L2Cache;
 use blktap::storage::Cache;
 
 /// How a payload gets between the guest's pages and the disk.
@@ -34,6 +35,8 @@ pub enum Ordering {
 pub struct Config {
     /// Page cache use.
     pub cache: Cache,
+    /// Memory for the L2 tables of each QCOW2 image of a chain.
+    pub l2_cache_size: L2Cache,
     /// Payload transport.
     pub grants: GrantMode,
     /// Pages that a queue keeps mapped.
@@ -61,6 +64,7 @@ impl Default for Config {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         Config {
             cache: Cache::None,
+            l2_cache_size: L2Cache::default(),
             grants: GrantMode::Persistent,
             max_persistent_grants: 1056,
             persistent_idle_s: 60,
@@ -184,6 +188,16 @@ pub const KNOBS: &[Knob] = &[
             };
             Some(())
         },
+    },
+    Knob {
+        name: "l2_cache_size",
+        unit: "bytes",
+        default: "32M",
+        range: "4K to 1024G, or all",
+        help: "memory for the L2 tables of each QCOW2 image of a chain; 1 MiB is enough for 8 GiB of disk in clusters of 64 KiB",
+        shows_in: "latency_read, latency_write",
+        reach: Reach::Connect,
+        set: |c, v| put(&mut c.l2_cache_size, v.parse().ok()),
     },
     Knob {
         name: "grants",
@@ -344,6 +358,15 @@ mod tests {
         assert!(config.set_all("speed").unwrap_err().contains("name=value"));
         assert!(config.set("speed", "9").unwrap_err().contains("poll_us"));
         assert!(config.set("node", "one").is_err());
+        for (text, size) in [("4096", 4096), ("64k", 65536), ("2M", 2 << 20), ("1G", 1 << 30)] {
+            config.set("l2_cache_size", text).unwrap();
+            assert_eq!(config.l2_cache_size, L2Cache::Bytes(size));
+        }
+        config.set("l2_cache_size", "all").unwrap();
+        assert_eq!(config.l2_cache_size, L2Cache::All);
+        for bad in ["", "M", "4095", "2000G", "-1", "17179869184G", "\u{e4}"] {
+            assert!(config.set("l2_cache_size", bad).is_err(), "{bad}");
+        }
         config.set_all("node=1,grants=map,cache=none").unwrap();
         assert_eq!(config.node, Some(1));
         assert!(config.agrees().unwrap_err().starts_with("grants=map: not with cache=none"));

@@ -6,6 +6,7 @@
 use std::process::Command;
 
 use blktap::blocking;
+use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, ImageFormat, ImageOptions};
 use blktap::storage::{Access, OpenOptions};
 
@@ -30,7 +31,7 @@ fn a_large_sparse_image_takes_no_more_than_the_cache() {
     let status = command.arg(&path).arg("1T").status();
     assert!(status.expect("qemu-img (Debian: qemu-utils)").success());
     let file = OpenOptions::new(&path).access(Access::ReadOnly);
-    let options = ImageOptions::new(ImageFormat::Qcow2, file).cache_bytes(CACHE);
+    let options = ImageOptions::new(ImageFormat::Qcow2, file).l2_cache(L2Cache::Bytes(CACHE));
     let before = peak();
     let disk = image::open(&options).expect("open");
     let mut queue = disk.queue(32).expect("queue");

@@ -54,7 +54,8 @@ fn open(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Disk>> 
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let file = OpenOptions::new(path).access(access).cache(options.cache.into());
     let backing = BackingPolicy::Allow(options.allow_backing.clone());
-    let image = ImageOptions::new(format.parse()?, file).backing(backing);
+    let image =
+        ImageOptions::new(format.parse()?, file).backing(backing).l2_cache(options.l2_cache_size);
     Ok(image::open(&image)?)
 }
 

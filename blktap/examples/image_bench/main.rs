@@ -1,8 +1,9 @@
 //! QCOW2 in process: beside raw on the same engine, beside qcow2-rs and imago.
 //!
-//!     cargo run --release -p ringback-blktap --example image_bench -- [--json] [--ours] [--row WORK,CACHE,DEPTH]... [SECONDS]
+//!     cargo run --release -p ringback-blktap --example image_bench -- [--json] [--ours] [--only NAME] [--row WORK,CACHE,DEPTH]... [SECONDS]
 //!
-//! `--ours` leaves the peers out; `--row read,cached,1` measures that row (and others so named).
+//! `--ours` leaves the peers out, `--only raw` (qcow2, qcow2-rs, imago) all but one: for profiles.
+//! `--row read,cached,1` measures that row (and others so named).
 //!
 //! 4 KiB random requests of one thread to images of 256 MiB in the present folder, made by
 //! qemu-img (Debian: qemu-utils). Reads and overwrites of a full image, and first writes to an
@@ -100,15 +101,17 @@ impl Watch {
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-type Run = fn(&Path, &Load) -> Result<f64>;
+/// Who is measured: a name, by what, and on which format.
+type Runner = (&'static str, fn(&Path, &Load) -> Result<f64>, &'static str);
 
-/// Who is measured, and on what.
-const RUNNERS: [(&str, Run, &str); 4] = [
+const RUNNERS: [Runner; 4] = [
     ("ringback raw", ringback::raw, "raw"),
     ("ringback qcow2", ringback::qcow2, "qcow2"),
     ("qcow2-rs", peers::qcow2_rs, "qcow2"),
     ("imago", peers::imago, "qcow2"),
 ];
+/// The one that the others are compared with.
+const OURS: &str = RUNNERS[1].0;
 
 /// A fresh image: full for reads and overwrites, empty for first writes.
 fn image(folder: &Path, format: &str, work: Work) -> Result<PathBuf> {
@@ -157,14 +160,14 @@ fn median(mut of: Vec<f64>) -> f64 {
 }
 
 /// Rates of all runners in each round.
-fn rounds(folder: &Path, load: &Load, runners: usize) -> Result<Vec<Vec<f64>>> {
+fn rounds(folder: &Path, load: &Load, runners: &[Runner]) -> Result<Vec<Vec<f64>>> {
     let mut images = Vec::new();
     for format in ["raw", "qcow2"] {
         images.push((format, image(folder, format, load.work)?));
     }
-    let mut rates = vec![Vec::new(); runners];
+    let mut rates = vec![Vec::new(); runners.len()];
     for _ in 0..ROUNDS {
-        for ((name, run, format), rates) in RUNNERS.iter().zip(&mut rates) {
+        for ((name, run, format), rates) in runners.iter().zip(&mut rates) {
             if load.work == Work::FirstWrite {
                 image(folder, format, load.work)?;
             }
@@ -176,12 +179,15 @@ fn rounds(folder: &Path, load: &Load, runners: usize) -> Result<Vec<Vec<f64>>> {
     Ok(rates)
 }
 
-fn print(load: &Load, rates: &[Vec<f64>], json: bool) {
-    let ours = &rates[1];
-    let ratio = |of: &Vec<f64>| median(ours.iter().zip(of).map(|(a, b)| a / b).collect());
+fn print(load: &Load, runners: &[Runner], rates: &[Vec<f64>], json: bool) {
+    let ours = runners.iter().position(|(name, ..)| *name == OURS).map(|at| &rates[at]);
+    let ratio = |of: &Vec<f64>| {
+        let pairs = ours.into_iter().flatten().zip(of);
+        median(pairs.map(|(a, b)| a / b).collect())
+    };
     let way = if load.direct { "direct" } else { "cached" };
     if json {
-        let all = RUNNERS.iter().zip(rates).map(|((name, ..), rates)| {
+        let all = runners.iter().zip(rates).map(|((name, ..), rates)| {
             serde_json::json!({ "name": name, "iops": median(rates.clone()).round(),
                 "qcow2_ratio": ratio(rates) })
         });
@@ -207,21 +213,24 @@ fn name(load: &Load) -> String {
 }
 
 fn main() -> Result<()> {
-    let (mut json, mut seconds, mut runners) = (false, 0.5, RUNNERS.len());
+    let (mut json, mut seconds, mut runners) = (false, 0.5, RUNNERS.to_vec());
     let mut rows = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = true,
-            "--ours" => runners = 2,
+            "--ours" => runners.truncate(2),
+            "--only" => {
+                let name = arguments.next().ok_or("--only: whom?")?;
+                runners.retain(|(n, ..)| n.trim_start_matches("ringback ") == name);
+            }
             "--row" => rows.push(arguments.next().ok_or("--row: which?")?),
             other => seconds = other.parse()?,
         }
     }
     let folder = tempfile::tempdir_in(".")?;
     if !json {
-        let names: Vec<_> =
-            RUNNERS[..runners].iter().map(|(name, ..)| format!("{name:>17}")).collect();
+        let names: Vec<_> = runners.iter().map(|(name, ..)| format!("{name:>17}")).collect();
         println!("IOPS (our qcow2 as a multiple)  {}", names.join("  "));
     }
     let time = Duration::from_secs_f64(seconds);
@@ -230,7 +239,7 @@ fn main() -> Result<()> {
             for depth in [1, 32] {
                 let load = Load { work, direct, depth, time };
                 if rows.is_empty() || rows.contains(&name(&load)) {
-                    print(&load, &rounds(folder.path(), &load, runners)?, json);
+                    print(&load, &runners, &rounds(folder.path(), &load, &runners)?, json);
                 }
             }
         }

@@ -30,6 +30,7 @@ mod write;
 mod zero;
 
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -60,6 +61,33 @@ pub enum L2Cache {
     All,
 }
 
+impl Default for L2Cache {
+    /// 32 MiB, as QEMU.
+    fn default() -> Self {
+        L2Cache::Bytes(32 << 20)
+    }
+}
+
+/// A number of bytes, with K, M or G behind it if wanted, or `all`.
+impl FromStr for L2Cache {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "all" {
+            return Ok(L2Cache::All);
+        }
+        let (digits, shift) = match text.as_bytes().last() {
+            Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+            Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+            Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+            _ => (text, 0),
+        };
+        let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+        let wanted = bytes.filter(|bytes| (4096..=1 << 40).contains(bytes));
+        wanted.map(L2Cache::Bytes).ok_or("write a number of bytes (4K to 1024G), or all")
+    }
+}
+
 /// Makes the refcounts of an image right that was not closed, and clears its dirty bit.
 pub type Repair = fn(&Arc<dyn Storage>) -> Result<(), ImageError>;
 
@@ -77,8 +105,8 @@ pub struct Qcow2Options {
 
 impl Default for Qcow2Options {
     fn default() -> Self {
-        let (l2_cache, refcount_cache) = (L2Cache::Bytes(32 << 20), 1 << 20);
-        Qcow2Options { l2_cache, refcount_cache, repair: Some(check::repair_dirty) }
+        let l2_cache = L2Cache::default();
+        Qcow2Options { l2_cache, refcount_cache: 1 << 20, repair: Some(check::repair_dirty) }
     }
 }
 

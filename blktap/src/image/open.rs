@@ -94,9 +94,8 @@ pub struct ImageOptions {
     pub format: ImageFormat,
     /// What else may be opened.
     pub backing: BackingPolicy,
-    /// Most memory for cached metadata, in bytes, for each image of the chain; `None`: the
-    /// format's default.
-    pub cache_bytes: Option<u64>,
+    /// Memory for the L2 tables of each QCOW2 image of the chain.
+    pub l2_cache: L2Cache,
     /// Where blocking work is done.
     pub blocking: Blocking,
 }
@@ -108,7 +107,7 @@ impl ImageOptions {
             file,
             format,
             backing: BackingPolicy::Allow(Vec::new()),
-            cache_bytes: None,
+            l2_cache: L2Cache::default(),
             blocking: Blocking::Threads,
         }
     }
@@ -117,9 +116,9 @@ impl ImageOptions {
         self.backing = backing;
         self
     }
-    /// With so much memory for metadata.
-    pub fn cache_bytes(mut self, bytes: u64) -> Self {
-        self.cache_bytes = Some(bytes);
+    /// With so much memory for L2 tables.
+    pub fn l2_cache(mut self, l2_cache: L2Cache) -> Self {
+        self.l2_cache = l2_cache;
         self
     }
 }
@@ -261,10 +260,7 @@ impl Opener<'_> {
             let found = self.allowed(&file.path, name, "data file")?;
             data = Some(self.storage(&OpenOptions { path: found, ..file.clone() })?);
         }
-        let mut options = Qcow2Options::default();
-        if let Some(bytes) = self.options.cache_bytes {
-            options.l2_cache = L2Cache::Bytes(bytes);
-        }
+        let options = Qcow2Options { l2_cache: self.options.l2_cache, ..Default::default() };
         Ok(Arc::new(Qcow2::open(storage, data, &options)?))
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use blktap::formats::Format;
+use blktap::formats::qcow2::L2Cache;
 use blktap::formats::qcow2::check::{CHECK_MEMORY, check, unwatched};
 use blktap::formats::vhd::{CreateOptions, NewParent, Repair, Shape, Vhd};
 use blktap::image::{ImageDisk, ImageFormat, ImageOptions, open_image};
@@ -123,7 +124,7 @@ impl Image {
     pub fn open(&self, cache: Option<u64>) -> Arc<ImageDisk> {
         let file = OpenOptions::new(&self.path).cache(Cache::Writeback);
         let mut options = ImageOptions::new(self.kind.format(), file);
-        options.cache_bytes = cache;
+        options.l2_cache = cache.map_or_else(L2Cache::default, L2Cache::Bytes);
         open_image(&options).unwrap_or_else(|e| panic!("{e}"))
     }
 
