@@ -90,6 +90,8 @@ pub(super) struct Run {
     finished: Vec<u32>,
     /// Answered but not yet released reads of this round.
     reads: Vec<u32>,
+    /// Something has ended since the last try to start those that wait.
+    freed: bool,
     /// A barrier is running: nothing may pass it.
     barrier: bool,
     unpublished: u32,
@@ -116,6 +118,7 @@ impl Run {
             waiting: VecDeque::with_capacity(slots),
             finished: Vec::with_capacity(slots),
             reads: Vec::with_capacity(slots),
+            freed: false,
             barrier: false,
             unpublished: 0,
             held_since: 0,
@@ -208,9 +211,11 @@ impl<A: Abi> Worker<A> {
             self.accept(slot, &A::parse(&entry.req), &mut table_pages);
         }
         self.fetch_tables()?;
-        // What was started may have ended at once, by a bad reference: whoever waited for that
-        // has nobody else to start it.
-        let started = match self.run.fresh.is_empty() && self.run.waiting.is_empty() {
+        // Whoever waits for memory or a barrier can start when something has ended: not before,
+        // for each look for memory counts. What was started may have ended at once, by a bad
+        // reference, and nobody else starts those behind it.
+        let stuck = self.run.waiting.is_empty() || !std::mem::take(&mut self.run.freed);
+        let started = match self.run.fresh.is_empty() && stuck {
             true => 0,
             false => self.start()?,
         };
@@ -428,6 +433,7 @@ impl<A: Abi> Worker<A> {
     /// Gives a slot's memory back and answers it.
     fn finish(&mut self, slot: u32) {
         self.memory.release(self.slots.pieces(slot), self.run.now);
+        self.run.freed = true;
         let s = self.slots.get(slot);
         let status = s.answer.status;
         if s.work == Work::Barrier {
