@@ -1,5 +1,6 @@
 //! The pool of mapped pages, over grants that are plain memory.
-#![allow(clippy::unwrap_used)]
+// Mappings name memory by address.
+#![allow(unsafe_code, clippy::unwrap_used)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
