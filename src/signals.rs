@@ -17,10 +17,13 @@ pub fn stop() -> std::io::Result<Receiver<()>> {
                     _ = term.recv() => {}
                     _ = int.recv() => {}
                 }
-                if round > 0 || send.try_send(()).is_err() {
+                if round > 0 {
                     std::process::exit(130);
                 }
-                tracing::info!("ending; a second signal ends at once");
+                // Who no longer listens has done its work and is about to say how it went.
+                if send.try_send(()).is_ok() {
+                    tracing::info!("ending; a second signal ends at once");
+                }
             }
         });
     })?;

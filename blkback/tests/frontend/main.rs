@@ -70,7 +70,8 @@ fn queues_rings_and_grant_modes() {
         });
         let threads: Vec<_> = threads.collect();
         threads.into_iter().for_each(|t| t.join().unwrap());
-        assert!(rig.counter("queue-", "rd_req") >= 10 * u64::from(queues));
+        let reads = 10 * u64::from(queues);
+        rig.until_counted("queue-", "rd_req", |count| count == reads);
         let copied = rig.counter("queue-", "grants_copied") > 100;
         assert_eq!(copied, grants == GrantMode::Copy);
         let hits = rig.counter("grants-", "hits") > 100;
@@ -88,6 +89,7 @@ fn pages_mapped_for_one_request() {
     let bytes = pattern(1 << 20, 5);
     assert_eq!(write(&mut *queue, 1 << 20, &bytes), 0);
     same(&read(&mut *queue, 1 << 20, 1 << 20), &bytes);
+    rig.until_counted("queue-", "rd_req", |count| count == 11);
     assert!(rig.counter("queue-", "grants_mapped") >= 512);
     // The tables of indirect requests.
     assert!(rig.counter("queue-", "grants_copied") < 20);
@@ -118,6 +120,7 @@ fn one_mebibyte_is_one_indirect_request() {
     let bytes = pattern(1 << 20, 3);
     assert_eq!(write(&mut *queue, 1 << 20, &bytes), 0);
     same(&read(&mut *queue, 1 << 20, 1 << 20), &bytes);
+    rig.until_counted("queue-", "rd_req", |count| count == 1);
     assert_eq!(rig.counter("queue-", "indirect"), 2);
     assert_eq!(rig.counter("queue-", "largest"), 1 << 20);
     assert_eq!(front.counters()[0].queue.wr_req.get(), 1);
@@ -133,7 +136,7 @@ fn a_barrier_alone() {
     exercise(&disk, &mut *queue, 0);
     let mut bytes = pattern(8192, 9);
     assert_eq!(perform(&mut *queue, Op::WriteFua, 4096, &mut bytes, 8192), 0);
-    assert_eq!(rig.counter("queue-", "barriers"), 2);
+    rig.until_counted("queue-", "barriers", |count| count == 2);
     assert_eq!(rig.counter("queue-", "indirect"), 0);
 }
 

@@ -113,6 +113,10 @@ impl Rig {
         let path = format!("/local/domain/0/backend/{}/{key}", self.id());
         self.toolstack.store().unwrap().write(Tx::NONE, &path, value).unwrap();
     }
+    /// Waits for a counter: requests are counted after they were answered.
+    pub(crate) fn until_counted(&self, block: &str, name: &str, is: impl Fn(u64) -> bool) {
+        until(&format!("the count of {name}"), || is(self.counter(block, name)));
+    }
     /// The backend's counters of all queues, added up.
     pub(crate) fn counter(&self, block: &str, name: &str) -> u64 {
         let path = self.dir().join(format!("run/{}/vbd-{DEVID}.stats", self.domid));
