@@ -175,6 +175,9 @@ impl Place<'_> {
     fn make(&self, touch: Touch) -> Result<PathBuf> {
         let path = self.folder.path().join("image");
         if touch != Touch::First && path.exists() {
+            if self.cache == BenchCache::Direct {
+                forget(&path)?;
+            }
             return Ok(path);
         }
         let size = self.options.size_mib << 20;
@@ -206,9 +209,19 @@ impl Place<'_> {
                 }
             }
         }
+        if self.cache == BenchCache::Direct {
+            forget(&path)?;
+        }
         std::fs::File::open(&path)?.sync_all()?;
         Ok(path)
     }
+}
+
+/// Takes a file out of the page cache: what one server left there another would have to throw out.
+fn forget(path: &Path) -> Result<()> {
+    let file = std::fs::File::open(path)?;
+    file.sync_all()?;
+    Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
 /// Data without holes, written block by block: in large pieces the page cache would keep it in
