@@ -158,7 +158,9 @@ impl<'a> Connection<'a> {
         }
         let ready = |n: usize| !fds[n].revents().is_empty();
         if ready(1) {
-            // A queue's thread has ended by itself: it says why.
+            // A queue's thread has ended: if by itself, it says why.
+            let mut count = [0; 8];
+            rustix::io::read(ended, &mut count).map_err(|e| Cause::Resources(e.into()))?;
             self.device().collect()?;
         }
         Ok(ready(0))

@@ -44,7 +44,7 @@ pub struct Common {
     pub poll_us: u32,
     /// Whether writes may stay in a cache until a flush.
     pub writeback: Arc<AtomicBool>,
-    /// Written when a thread ends by itself.
+    /// Written when a thread ends.
     pub ended: Arc<OwnedFd>,
 }
 
@@ -196,18 +196,24 @@ impl Vring {
     }
 }
 
+/// Tells the connection that a thread has ended, however it did.
+struct Ending(Arc<OwnedFd>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // It can only be full, and then it is readable.
+        let _ = write(&*self.0, &1u64.to_ne_bytes());
+    }
+}
+
 fn spawn<R: Ring + Send + 'static>(
     worker: Worker<R>,
     index: u16,
     ended: &Arc<OwnedFd>,
 ) -> io::Result<JoinHandle<Result<Ended, Cause>>> {
-    let ended = Arc::clone(ended);
+    let ending = Ending(Arc::clone(ended));
     std::thread::Builder::new().name(format!("vhost-q{index}")).spawn(move || {
-        let result = worker.run();
-        if result.is_err() {
-            // It can only be full, and then it is readable.
-            let _ = write(&*ended, &1u64.to_ne_bytes());
-        }
-        result
+        let _ending = ending;
+        worker.run()
     })
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2, write};
+use rustix::io::{IoSliceMut, ReadWriteFlags, preadv2, write};
 
 use super::blk::{self, ID_BYTES, IOERR, OK, UNSUPP, Work};
 use super::connection::Cause;
@@ -295,9 +295,9 @@ impl<R: Ring> Worker<R> {
                 self.submit(id, Op::Flush, 0, 0)?;
                 continue;
             }
-            let status = match Errno::from_raw_os_error(errno) {
-                _ if errno == 0 => OK,
-                Errno::OPNOTSUPP => UNSUPP,
+            let status = match errno {
+                0 => OK,
+                libc::EOPNOTSUPP => UNSUPP,
                 _ => IOERR,
             };
             self.answer(id, status);
