@@ -150,14 +150,15 @@ impl Vring {
             poll_us: common.poll_us,
         };
         let broken = |e| Cause::Ring(index, e);
+        let ending = Ending(Arc::clone(&control), Arc::clone(&common.ended));
         let thread = match common.kind {
             Kind::Split => {
                 let ring = Split::new(layout, self.base).map_err(broken)?;
-                spawn(Worker::new(ring, parts), index, &common.ended)
+                spawn(Worker::new(ring, parts), index, ending)
             }
             Kind::Packed => {
                 let ring = Packed::new(layout, self.base).map_err(broken)?;
-                spawn(Worker::new(ring, parts), index, &common.ended)
+                spawn(Worker::new(ring, parts), index, ending)
             }
         };
         self.running = Some(Running { control, thread: thread.map_err(Cause::Resources)? });
@@ -192,26 +193,26 @@ impl Vring {
 
     /// Whether its thread has ended by itself, which it does only for a reason.
     pub fn has_failed(&self) -> bool {
-        self.running.as_ref().is_some_and(|r| r.thread.is_finished())
+        self.running.as_ref().is_some_and(|r| r.control.has_ended())
     }
 }
 
 /// Tells the connection that a thread has ended, however it did.
-struct Ending(Arc<OwnedFd>);
+struct Ending(Arc<Control>, Arc<OwnedFd>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
+        self.0.set_ended();
         // It can only be full, and then it is readable.
-        let _ = write(&*self.0, &1u64.to_ne_bytes());
+        let _ = write(&*self.1, &1u64.to_ne_bytes());
     }
 }
 
 fn spawn<R: Ring + Send + 'static>(
     worker: Worker<R>,
     index: u16,
-    ended: &Arc<OwnedFd>,
+    ending: Ending,
 ) -> io::Result<JoinHandle<Result<Ended, Cause>>> {
-    let ending = Ending(Arc::clone(ended));
     std::thread::Builder::new().name(format!("vhost-q{index}")).spawn(move || {
         let _ending = ending;
         worker.run()

@@ -29,6 +29,7 @@ const HELD: u128 = 10_000;
 pub struct Control {
     wake: OwnedFd,
     stop: AtomicBool,
+    ended: AtomicBool,
     /// Which descriptor to notify; a new number means another one.
     call: Mutex<Option<Arc<OwnedFd>>>,
     changes: AtomicU64,
@@ -42,6 +43,7 @@ impl Control {
         Ok(Control {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             stop: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             call: Mutex::new(call),
             changes: AtomicU64::new(0),
             writeback,
@@ -59,6 +61,16 @@ impl Control {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.wake();
+    }
+
+    /// The thread is about to end.
+    pub fn set_ended(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether it was.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// Whoever has filled the descriptor up and made it block holds the thread: this frees it.
