@@ -1,11 +1,12 @@
 //! The command line.
 
 pub mod disk;
+mod export;
 
 use std::path::PathBuf;
 
-use blktap::formats::qcow2::L2Cache;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use export::{CacheMode, Export, ExportNbd, ExportVhostUserBlk};
 
 /// A user-space Xen split-driver I/O stack.
 ///
@@ -141,92 +142,6 @@ pub struct Hypervisor {
 }
 
 #[derive(Subcommand)]
-pub enum Export {
-    /// By the Network Block Device protocol, until a signal.
-    ///
-    /// QEMU, nbd-client, nbdcopy, fio and guests without Xen read and write the images at
-    /// nbd+unix:///NAME?socket=PATH or nbd://HOST:PORT/NAME. The server stays up when its last
-    /// client leaves. SIGTERM ends it: requests that it has taken are carried out and answered,
-    /// and the images are flushed.
-    #[command(
-        visible_alias = "qemu-nbd",
-        after_help = "\
-Examples:
-  ringback export nbd --socket /run/a.sock a.raw
-  ringback export nbd -b :: -p 10809 --tls-creds /etc/pki/nbd -r -x base a.raw
-  ringback export nbd -k /run/nbd.sock --export a=raw:/images/a.img --export b=raw:/dev/vg/b"
-    )]
-    Nbd(ExportNbd),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CacheMode {
-    /// Past the host's page cache (O_DIRECT).
-    None,
-    /// Through it; a flush writes it out.
-    Writeback,
-    /// Through it, and flushes do nothing: a crash of the host loses data.
-    Unsafe,
-}
-
-#[derive(Args)]
-pub struct ExportNbd {
-    /// The image; with --export there may be none.
-    #[arg(required_unless_present_any = ["export", "null_disk"])]
-    pub image: Option<PathBuf>,
-    /// The image's format.
-    #[arg(short, long, value_name = "FORMAT", default_value = "raw")]
-    pub format: String,
-    /// The name under which the image is exported; clients that name nothing ask for the
-    /// empty one.
-    #[arg(short = 'x', long, alias = "export-name", value_name = "NAME", default_value = "")]
-    pub name: String,
-    /// What the image is, for people who list exports.
-    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
-    pub description: String,
-    /// Export another image; may be repeated.
-    #[arg(long, value_name = "NAME=FORMAT:PATH")]
-    pub export: Vec<String>,
-    /// Clients may only read.
-    #[arg(short, long)]
-    pub read_only: bool,
-    /// Serve a disk of so many bytes that loses what is written: for benches.
-    #[arg(long, hide = true, value_name = "BYTES", conflicts_with_all = ["image", "export"])]
-    pub null_disk: Option<u64>,
-    /// Listen at this Unix socket.
-    #[arg(short = 'k', long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Listen at this address by TCP [default without --socket: localhost].
-    #[arg(short, long, value_name = "HOST")]
-    pub bind: Option<String>,
-    /// The TCP port; 0: one that is free, which is printed [default: 10809].
-    #[arg(short, long, value_name = "PORT")]
-    pub port: Option<u16>,
-    /// Connections at once; further ones wait. Each holds at most 33 MiB.
-    #[arg(short = 'e', long, value_name = "N", default_value = "64",
-        value_parser = clap::value_parser!(u16).range(1..))]
-    pub shared: u16,
-    /// How the host's page cache is used.
-    #[arg(long, value_enum, default_value = "none")]
-    pub cache: CacheMode,
-    /// Memory for the L2 tables of each QCOW2 image of a chain, in bytes (K, M or G), or all.
-    ///
-    /// 1 MiB is enough for 8 GiB of disk in clusters of 64 KiB.
-    #[arg(long, value_name = "SIZE", default_value = "32M")]
-    pub l2_cache_size: L2Cache,
-    /// Open backing files in this folder too, and below it; may be repeated.
-    ///
-    /// Without it an image may build only on files in its own folder.
-    #[arg(long, value_name = "DIR")]
-    pub allow_backing: Vec<PathBuf>,
-    /// Demand TLS: a folder with ca-cert.pem, server-cert.pem and server-key.pem, as QEMU's
-    /// tls-creds-x509. Clients need a certificate that the authority has signed. (There are no
-    /// pre-shared keys: rustls has none.)
-    #[arg(long, value_name = "DIR")]
-    pub tls_creds: Option<PathBuf>,
-}
-
-#[derive(Subcommand)]
 pub enum Bench {
     /// A request's way through the ring and back, beside Xen's C macros (needs gcc, libxen-dev).
     Ring(BenchRing),
@@ -234,6 +149,8 @@ pub enum Bench {
     Blk(BenchBlk),
     /// NBD servers under fio's nbd engine: ours, qemu-storage-daemon, qemu-nbd and nbdkit.
     Nbd(BenchNbd),
+    /// vhost-user-blk servers under the blkio crate's client: ours and qemu-storage-daemon.
+    Vhost(BenchVhost),
     /// Be the guest of a bench.
     #[command(hide = true)]
     Guest {
@@ -285,6 +202,50 @@ pub struct BenchNbd {
     /// Only this depth; may be repeated [default: 1 and 32].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
     pub depth: Vec<u32>,
+}
+
+#[derive(Args)]
+pub struct BenchVhost {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Length of one measurement.
+    #[arg(long, value_name = "S", default_value = "1")]
+    pub seconds: f64,
+    /// Measure each row so often; the servers alternate.
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub rounds: u32,
+    /// Size of the images, in MiB.
+    #[arg(long, value_name = "N", default_value = "256",
+        value_parser = clap::value_parser!(u64).range(16..=65536))]
+    pub size_mib: u64,
+    /// The images' format.
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: VhostFormat,
+    /// Only these caching modes; may be repeated [default: both].
+    #[arg(long, value_enum)]
+    pub cache: Vec<BenchCache>,
+    /// Only this depth; may be repeated [default: 1 and 32].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub depth: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VhostFormat {
+    /// The bytes themselves.
+    Raw,
+    /// QCOW2.
+    Qcow2,
+}
+
+impl VhostFormat {
+    /// As everybody names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            VhostFormat::Raw => "raw",
+            VhostFormat::Qcow2 => "qcow2",
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

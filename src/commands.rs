@@ -52,6 +52,7 @@ pub fn run(cli: Cli) -> Result {
         Command::Bench(bench) => return bench::run(&bench),
         Command::Disk(disk) => return disk::run(&disk),
         Command::Export(Export::Nbd(options)) => return export::nbd(&options),
+        Command::Export(Export::VhostUserBlk(options)) => return export::vhost_user_blk(&options),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };

@@ -7,13 +7,15 @@ mod commands;
 mod platform;
 mod signals;
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::parse_from(arguments(std::env::args_os()));
     log_to_stderr(cli.verbose);
     match commands::run(cli) {
         Ok(code) => code,
@@ -22,6 +24,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Management tools start a vhost-user back-end by a path alone, and add options: under this name
+/// (a link) the program is one.
+fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut all: Vec<OsString> = given.collect();
+    let name = all.first().and_then(|path| Path::new(path).file_name());
+    if name.is_some_and(|name| name == "vhost-user-blk-ringback") {
+        all.splice(1..1, ["export", "vhost-user-blk"].map(OsString::from));
+    }
+    all
 }
 
 fn log_to_stderr(verbose: u8) {

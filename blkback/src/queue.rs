@@ -1,7 +1,6 @@
 //! One queue of a device: its thread, and how the device's control reaches it.
 
 mod memory;
-pub(crate) mod poll;
 mod slots;
 mod worker;
 
@@ -26,7 +25,7 @@ use crate::counters::QueueCounters;
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
 use memory::Memory;
-use poll::Pollers;
+use blktap::polling::Pollers;
 use slots::Slots;
 use worker::{Run, Worker};
 

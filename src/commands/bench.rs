@@ -12,6 +12,7 @@ mod qemu;
 mod ring;
 mod table;
 mod usage;
+mod vhost;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ pub fn run(bench: &Bench) -> Result {
         Bench::Ring(options) => ring::run(options),
         Bench::Blk(options) => blk::run(options),
         Bench::Nbd(options) => nbd::run(options),
+        Bench::Vhost(options) => vhost::run(options),
         Bench::Guest { plan } => tell(&front::run(&serde_json::from_str(plan)?)?),
         Bench::Client { plan } => tell(&peer::run(&serde_json::from_str(plan)?)?),
     }

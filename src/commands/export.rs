@@ -1,17 +1,22 @@
 //! `ringback export`: images for those who have no Xen.
 
+mod vhost_user;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use blktap::export::nbd::{Export, Limits, Server, proto, tls};
+use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
 
 use super::Result;
+pub use vhost_user::vhost_user_blk;
 use crate::cli::{CacheMode, ExportNbd};
 use crate::signals;
 
@@ -33,7 +38,7 @@ fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
     }
     if let Some(image) = &options.image {
         let path = image.to_str().ok_or("the image's path is not UTF-8")?;
-        let mut export = Export::new(&options.name, open(&options.format, path, options)?);
+        let mut export = Export::new(&options.name, open_nbd(&options.format, path, options)?);
         export.description = options.description.clone();
         all.push(export);
     }
@@ -45,18 +50,36 @@ fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
             Some((format, path)) if !format.contains('/') => (format, path),
             _ => ("raw", target),
         };
-        all.push(Export::new(name, open(format, path, options)?));
+        all.push(Export::new(name, open_nbd(format, path, options)?));
     }
     Ok(all)
 }
 
-fn open(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Disk>> {
-    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let file = OpenOptions::new(path).access(access).cache(options.cache.into());
-    let backing = BackingPolicy::Allow(options.allow_backing.clone());
-    let image =
-        ImageOptions::new(format.parse()?, file).backing(backing).l2_cache(options.l2_cache_size);
-    Ok(image::open(&image)?)
+fn open_nbd(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Disk>> {
+    let how = How {
+        access: if options.read_only { Access::ReadOnly } else { Access::ReadWrite },
+        cache: options.cache.into(),
+        backing: &options.allow_backing,
+        l2_cache: options.l2_cache_size,
+    };
+    how.open(format, path)
+}
+
+/// How images are opened.
+struct How<'a> {
+    access: Access,
+    cache: Cache,
+    backing: &'a [PathBuf],
+    l2_cache: L2Cache,
+}
+
+impl How<'_> {
+    fn open(&self, format: &str, path: &str) -> Result<Arc<dyn Disk>> {
+        let file = OpenOptions::new(path).access(self.access).cache(self.cache);
+        let backing = BackingPolicy::Allow(self.backing.to_vec());
+        let image = ImageOptions::new(format.parse()?, file).backing(backing);
+        Ok(image::open(&image.l2_cache(self.l2_cache))?)
+    }
 }
 
 /// A descriptor that becomes readable at the first signal.

@@ -20,7 +20,7 @@ use super::shared::{Shared, Stage};
 use crate::counters::QueueCounters;
 use crate::negotiate::Protocol;
 use crate::proto::{self, Abi, Native, Ring, Segment, WireSegment, X86_32, X86_64};
-use crate::queue::poll::Poller;
+use blktap::polling::Poller;
 
 /// Most descriptors beside the queue's own in one `wait`.
 const MAX_FDS: usize = 64;
@@ -301,7 +301,7 @@ impl<A: Abi> DiskQueue for Queue<A> {
         if self.in_use > 0 && timeout != Some(Duration::ZERO) {
             while self.done.is_empty() {
                 if self.look() == Pending::Work {
-                    self.poller.worked(&self.counters);
+                    self.counters.polls_paid.add(u64::from(self.poller.worked()));
                     self.reap();
                     // Answers may have made room for what had to wait.
                     self.publish()?;

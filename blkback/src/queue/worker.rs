@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blktap::polling::Pollers;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
 use hypervisor::{Direction, EventChannel, SharedMapping};
@@ -13,7 +14,6 @@ use rings::{BackRing, Notify, Pending, Table};
 
 use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
-use super::poll::Pollers;
 use super::slots::{Place, Slot, Slots, Stage, Work};
 use crate::counters::QueueCounters;
 use crate::proto::{
@@ -152,7 +152,7 @@ impl<A: Abi> Worker<A> {
         while !self.shared.stopping() {
             let worked = self.round()?;
             if worked {
-                self.pollers.worked(&self.counters);
+                self.counters.polls_paid.add(self.pollers.worked());
                 continue;
             }
             // Also while the disk works: what it completes shows in its ring's memory.

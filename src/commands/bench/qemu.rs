@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use blktap::storage::Access;
 
-use super::blk::Disk;
+use super::blk::{Caching, Disk};
 use super::host::{Held, measure, part, until};
 use super::load::{Load, Measured};
 use super::peer::{Plan, Waiting};
@@ -29,6 +29,27 @@ pub fn version() -> io::Result<String> {
     })?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+/// What serves an image of a format by vhost-user-blk, with an iothread and one queue.
+pub fn daemon(format: &str, image: &Path, caching: Caching, socket: &Path) -> Command {
+    // A comma in a value is doubled.
+    let text = |path: &Path| path.display().to_string().replace(',', ",,");
+    let direct = if caching.is_direct() { "on" } else { "off" };
+    let mut command = Command::new(PROGRAM);
+    command.args(["--object", "iothread,id=io", "--blockdev"]);
+    command.arg(format!(
+        "file,node-name=file,filename={},aio=io_uring,cache.direct={direct},\
+         cache.no-flush=off,discard=unmap",
+        text(image)
+    ));
+    command.arg("--blockdev").arg(format!("{format},node-name=disk,file=file"));
+    command.arg("--export").arg(format!(
+        "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on,\
+         num-queues=1,iothread=io",
+        text(socket)
+    ));
+    command
 }
 
 impl Qemu {

@@ -4,8 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -24,6 +23,7 @@ use super::proto::{MAX_PAYLOAD, MAX_STRING, can};
 use super::transport::Transport;
 use crate::blocking;
 use crate::disk::Disk;
+use crate::export::unix;
 use crate::storage::Access;
 
 /// Bytes that a socket is asked to hold of replies.
@@ -167,25 +167,7 @@ impl Server {
     /// Listens at `path`. The socket of a server that is no more is replaced, that of a live
     /// one is left alone (AddrInUse).
     pub fn listen_unix(&mut self, path: &Path) -> io::Result<()> {
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
-        let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-                let is_socket = fs::symlink_metadata(path).map_err(named)?.file_type().is_socket();
-                let dead = is_socket
-                    && UnixStream::connect(path)
-                        .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
-                if !dead {
-                    let why = "a server is listening there; stop it, or choose another path";
-                    let why = if is_socket { why } else { "exists and is no socket" };
-                    let text = format!("{}: {why}", path.display());
-                    return Err(io::Error::new(e.kind(), text));
-                }
-                fs::remove_file(path).and_then(|()| UnixListener::bind(path))
-            }
-            bound => bound,
-        };
-        let listener = listener.map_err(named)?;
-        listener.set_nonblocking(true)?;
+        let listener = unix::listen(path)?;
         self.listeners.push(Listener::Unix(listener, path.to_owned()));
         Ok(())
     }

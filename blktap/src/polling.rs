@@ -1,8 +1,6 @@
-//! How long a queue polls before it sleeps.
+//! How long a queue's thread polls before it sleeps.
 
 use std::time::Instant;
-
-use crate::counters::QueueCounters;
 
 /// Iterations between two readings of the clock.
 const SPINS: u32 = 32;
@@ -20,7 +18,7 @@ const PAUSES: std::ops::RangeInclusive<u32> = 64..=4096;
 /// each poll runs to its end in vain, and the sleep after it is short. Both ends of a null disk,
 /// with a third process on the two processors, depth 32: 0.35 million requests a second without
 /// this rule, 2.4 million with it; depth 1: 11 and 100 thousand.
-pub(crate) struct Poller {
+pub struct Poller {
     max: u64,
     budget: u64,
     spins: u32,
@@ -34,20 +32,21 @@ pub(crate) struct Poller {
 
 impl Poller {
     /// Polls for up to `max_us` microseconds.
-    pub(crate) fn new(max_us: u32) -> Poller {
+    pub fn new(max_us: u32) -> Poller {
         let max = u64::from(max_us) * 1000;
         let next_pause = *PAUSES.start();
         Poller { max, budget: max, spins: 0, since: None, vain: 0, pause: 0, next_pause }
     }
 
-    /// There was work.
+    /// There was work: whether it came while this one polled.
     #[inline]
-    pub(crate) fn worked(&mut self, counters: &QueueCounters) {
-        if self.spins > 0 {
-            counters.polls_paid.add(1);
+    pub fn worked(&mut self) -> bool {
+        let paid = self.spins > 0;
+        if paid {
             (self.spins, self.since) = (0, None);
             (self.vain, self.next_pause) = (0, *PAUSES.start());
         }
+        paid
     }
 
     /// Whether it polls at present before it sleeps.
@@ -58,7 +57,7 @@ impl Poller {
 
     /// There was none: whether to look again at once.
     #[inline]
-    pub(crate) fn spin(&mut self) -> bool {
+    pub fn spin(&mut self) -> bool {
         if !self.is_on() {
             return false;
         }
@@ -77,7 +76,7 @@ impl Poller {
     }
 
     /// The queue has slept for so many ns.
-    pub(crate) fn slept(&mut self, ns: u64) {
+    pub fn slept(&mut self, ns: u64) {
         (self.spins, self.since) = (0, None);
         if self.pause > 0 {
             self.pause -= 1;
@@ -101,33 +100,32 @@ impl Poller {
 /// alone, or also for the disk. A guest that answers at once and a device that takes longer than
 /// the poll lasts take turns at depth 1; with one poller for both, each of the guest's requests
 /// would call for another poll of the device in vain.
-pub(crate) struct Pollers {
+pub struct Pollers {
     frontend: Poller,
     disk: Poller,
 }
 
 impl Pollers {
     /// Each polls for up to `max_us` microseconds.
-    pub(crate) fn new(max_us: u32) -> Pollers {
+    pub fn new(max_us: u32) -> Pollers {
         Pollers { frontend: Poller::new(max_us), disk: Poller::new(max_us) }
     }
 
     /// They poll for up to `max_us` microseconds from now on.
-    pub(crate) fn set_max(&mut self, max_us: u32) {
+    pub fn set_max(&mut self, max_us: u32) {
         *self = Pollers::new(max_us);
     }
 
     /// The one for the present wait, by the requests that the disk has.
     #[inline]
-    pub(crate) fn of(&mut self, in_flight: u32) -> &mut Poller {
+    pub fn of(&mut self, in_flight: u32) -> &mut Poller {
         if in_flight > 0 { &mut self.disk } else { &mut self.frontend }
     }
 
-    /// There was work, for whoever has polled.
+    /// There was work, for whoever has polled: how many of the two have.
     #[inline]
-    pub(crate) fn worked(&mut self, counters: &QueueCounters) {
-        self.frontend.worked(counters);
-        self.disk.worked(counters);
+    pub fn worked(&mut self) -> u64 {
+        u64::from(self.frontend.worked()) + u64::from(self.disk.worked())
     }
 }
 
@@ -137,7 +135,6 @@ mod tests {
 
     #[test]
     fn an_idle_queue_ends_up_sleeping_at_once_and_a_busy_one_polls_again() {
-        let counters = QueueCounters::default();
         let mut poller = Poller::new(50);
         for _ in 0..10 {
             poller.slept(1_000_000_000);
@@ -147,13 +144,12 @@ mod tests {
             poller.slept(5_000);
         }
         assert!(poller.spin());
-        poller.worked(&counters);
-        assert_eq!(counters.polls_paid.get(), 1);
+        assert!(poller.worked());
+        assert!(!poller.worked());
     }
 
     #[test]
     fn what_never_pays_is_left_and_tried_again_later() {
-        let counters = QueueCounters::default();
         let mut poller = Poller::new(2);
         let mut polled = Vec::new();
         for sleep in 0..1000 {
@@ -170,25 +166,24 @@ mod tests {
         while !poller.spin() {
             poller.slept(1_000);
         }
-        poller.worked(&counters);
+        poller.worked();
         poller.slept(1_000);
         assert!(poller.spin(), "a poll that paid is followed by others");
     }
 
     #[test]
     fn a_slow_disk_is_not_polled_for_because_the_guest_is_quick() {
-        let counters = QueueCounters::default();
         let mut pollers = Pollers::new(2);
         let mut polled = 0;
         for _ in 0..1000 {
             // The guest's request comes while the queue polls.
             assert!(pollers.of(0).spin());
-            pollers.worked(&counters);
+            pollers.worked();
             // The disk's answer does not.
             polled += u32::from(pollers.of(1).spin());
             while pollers.of(1).spin() {}
             pollers.of(1).slept(1_500);
-            pollers.worked(&counters);
+            pollers.worked();
         }
         assert!(polled <= 5 * VAIN, "{polled}");
     }
