@@ -1,5 +1,7 @@
 //! The requests of a block device's control socket: JSON objects with a `command`.
 
+use std::path::PathBuf;
+
 use hypervisor::xenbus::Fault;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -17,6 +19,26 @@ pub(crate) enum Command {
         /// Its new value.
         value: String,
     },
+    /// Hold the guest's requests back, and close the disk.
+    Pause {},
+    /// Open the disk again and let requests go on.
+    Resume {},
+    /// Make an overlay and let the guest go on in it.
+    Snapshot {
+        /// `FORMAT:PATH`, absolute.
+        overlay: String,
+        /// The disk's file gets this name, and the overlay its name.
+        rename: Option<PathBuf>,
+        /// Wait when paused and when swapped, for other disks.
+        #[serde(default)]
+        hold: bool,
+    },
+    /// What is known of the last job.
+    Job {},
+    /// End the job.
+    Cancel {},
+    /// The word to go on, for a job that waits.
+    Complete {},
 }
 
 /// One line for one line: an object, `{"size": BYTES}` for a resize, or `{"error": TEXT}`.

@@ -1,5 +1,7 @@
 //! The command line of `ringback disk`, like qemu-img's.
 
+pub mod live;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -35,6 +37,19 @@ pub enum Disk {
     /// Dirty bitmaps of an image.
     #[command(subcommand)]
     Bitmap(Bitmap),
+    /// Hold the requests of a running guest's disk back, and close its files.
+    ///
+    /// They may be changed then as long as the guest reads the same: it goes on with
+    /// `ringback disk resume`.
+    Pause(live::OnLive),
+    /// End a pause: the disk is opened again and requests go on.
+    Resume(live::OnLive),
+    /// Show the job on a running guest's disk, or the last one.
+    Job(live::OnLive),
+    /// End the job on a running guest's disk; the disk stays as it was, whole.
+    Cancel(live::OnLive),
+    /// Let a job go on that waits for a word: a mirror goes over to its copy.
+    Complete(live::OnLive),
 }
 
 #[derive(Args, Clone, Default)]
@@ -390,8 +405,9 @@ pub struct Listed {
 
 #[derive(Subcommand)]
 pub enum Snapshot {
-    /// Keep the disk's present content under a name.
-    Create(Named),
+    /// Keep the disk's present content: under a name inside the image, or, of a running guest's
+    /// disk, by an overlay in which the guest goes on.
+    Create(live::CreateSnapshot),
     /// Show the snapshots.
     List(Listed),
     /// Go back to a snapshot: THE PRESENT CONTENT IS LOST unless another snapshot has it.
