@@ -134,14 +134,14 @@ impl Guest {
         path
     }
     /// SIGTERM, and a good end; the folder.
-    fn end(mut self) -> PathBuf {
+    fn end(mut self) -> tempfile::TempDir {
         let mut child = self.child.take().expect("running");
         kill_process(Pid::from_child(&child), Signal::TERM).expect("SIGTERM");
         let begun = Instant::now();
         let status = child.wait().expect("an end");
         assert!(status.success(), "{status}");
         assert!(begun.elapsed() < Duration::from_secs(15), "it took {:?} to end", begun.elapsed());
-        self.folder.path().to_owned()
+        std::mem::replace(&mut self.folder, folder())
     }
 }
 
@@ -205,5 +205,10 @@ fn check(path: &Path, format: &str) {
 }
 
 fn same(a: (&Path, &str), b: (&Path, &str)) {
-    well("qemu-img", &["compare", "-f", a.1, "-F", b.1, text(a.0), text(b.0)]);
+    let args = ["compare", "-f", a.1, "-F", b.1, text(a.0), text(b.0)];
+    match a.1 == "vpc" || b.1 == "vpc" {
+        // qemu-img knows no differencing VHD.
+        true => well(RINGBACK, &[&["disk"], &args[..]].concat()),
+        false => well("qemu-img", &args),
+    };
 }
