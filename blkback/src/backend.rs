@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageOptions};
-use blktap::live::jobs::Opening;
+use blktap::live::jobs::{AtTheEnd, Opening};
 use blktap::live::{LiveDisk, Name};
 use blktap::storage::{Access, Cache, Lock, OpenOptions};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
-use crate::live::{self, Hold, Jobs, Task};
+use crate::live::{self, Jobs, Task};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
 use crate::proto::{Features, Limits, Mode};
@@ -358,8 +358,16 @@ impl Serving {
             Command::Snapshot { overlay, rename, hold } => self.jobs.begin(Task::Snapshot {
                 overlay: overlay.parse()?,
                 old: live::old(rename),
-                hold: if hold { Hold::Yes } else { Hold::No },
+                hold: live::hold(hold),
             }),
+            Command::Mirror { target, switch, hold } => self.jobs.begin(Task::Mirror {
+                target: target.parse()?,
+                end: if switch { AtTheEnd::Switch } else { AtTheEnd::Stay },
+                hold: live::hold(hold),
+            }),
+            Command::Commit { base } => self.jobs.begin(Task::Commit { base }),
+            Command::Stream { base } => self.jobs.begin(Task::Stream { base }),
+            Command::Coalesce { layer } => self.jobs.begin(Task::Coalesce { layer }),
             Command::Job {} => self.jobs.tell(),
             Command::Cancel {} => self.jobs.cancel(),
             Command::Complete {} => self.jobs.complete(),

@@ -33,6 +33,32 @@ pub(crate) enum Command {
         #[serde(default)]
         hold: bool,
     },
+    /// Copy the disk, and keep the copy equal.
+    Mirror {
+        /// `FORMAT:PATH`, absolute, or a server's export; it is there.
+        target: String,
+        /// Let the guest go on with the copy.
+        #[serde(default)]
+        switch: bool,
+        /// Keep both equal until the word is given.
+        #[serde(default)]
+        hold: bool,
+    },
+    /// Write the disk's own data into an image that it builds on, and let the guest go on there.
+    Commit {
+        /// Its file; the nearest where none is named.
+        base: Option<PathBuf>,
+    },
+    /// Bring what the disk has from images below into its own.
+    Stream {
+        /// The file of the image that it builds on afterwards; none where none is named.
+        base: Option<PathBuf>,
+    },
+    /// Write an image in the middle of the chain into the one below it.
+    Coalesce {
+        /// Its file.
+        layer: PathBuf,
+    },
     /// What is known of the last job.
     Job {},
     /// End the job.

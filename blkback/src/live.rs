@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use blktap::Disk;
-use blktap::live::jobs::{self, Host, JobError, Old, Opening, Scene, Stage, Watch};
+use blktap::live::jobs::{self, AtTheEnd, Host, JobError, Old, Opening, Scene, Stage, Watch};
 use blktap::live::{LiveDisk, Name, PATIENCE};
 use hypervisor::xenbus::{Fault, Nodes};
 use parking_lot::{Condvar, Mutex};
@@ -34,13 +34,28 @@ pub(crate) enum Task {
         old: Old,
         hold: Hold,
     },
+    Mirror {
+        target: Name,
+        end: AtTheEnd,
+        /// Whether the copy is kept equal until somebody says that it is enough.
+        hold: Hold,
+    },
+    Commit {
+        base: Option<PathBuf>,
+    },
+    Stream {
+        base: Option<PathBuf>,
+    },
+    Coalesce {
+        layer: PathBuf,
+    },
 }
 
-/// Whether a snapshot waits for those of other disks.
+/// Whether a job waits for the word: a snapshot for those of other disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
     No,
-    /// Paused, and swapped, it waits for the word.
+    /// It waits.
     Yes,
 }
 
@@ -50,6 +65,10 @@ impl Task {
             Task::Pause => "pause",
             Task::Revive => "resume",
             Task::Snapshot { .. } => "snapshot",
+            Task::Mirror { .. } => "mirror",
+            Task::Commit { .. } => "commit",
+            Task::Stream { .. } => "stream",
+            Task::Coalesce { .. } => "coalesce",
         }
     }
 
@@ -57,6 +76,7 @@ impl Task {
     fn patience(&self, stage: Stage) -> Option<Duration> {
         match (self, stage) {
             (Task::Pause, Stage::Paused) => Some(Duration::MAX),
+            (Task::Mirror { hold: Hold::Yes, .. }, Stage::Ready) => Some(Duration::MAX),
             (Task::Snapshot { hold: Hold::Yes, .. }, _) => Some(HOLD),
             _ => None,
         }
@@ -253,7 +273,7 @@ impl Jobs {
     pub(crate) fn tell(&self) -> Result<Value, Fault> {
         let name = self.place.name.lock().to_string();
         let job = self.last.as_ref().map(|(job, _)| job.tell(&name));
-        Ok(json!({"job": job, "disk": name}))
+        Ok(json!({"job": job, "disk": name, "size": self.live.geometry().size}))
     }
 
     /// Ends the job; what it has changed so far hides nothing.
@@ -315,6 +335,10 @@ fn run(live: &Arc<LiveDisk>, place: &Place, job: &Job) {
     let result = match &job.task {
         Task::Pause | Task::Revive => jobs::pause(&scene),
         Task::Snapshot { overlay, old, .. } => jobs::snapshot(&scene, overlay, old).map(drop),
+        Task::Mirror { target, end, .. } => jobs::mirror(&scene, target, *end),
+        Task::Commit { base } => jobs::commit(&scene, base.as_deref()),
+        Task::Stream { base } => jobs::stream(&scene, base.as_deref()),
+        Task::Coalesce { layer } => jobs::coalesce(&scene, layer),
     };
     let id = place.nodes.id();
     let kind = job.task.kind();
@@ -333,4 +357,9 @@ fn run(live: &Arc<LiveDisk>, place: &Place, job: &Job) {
 /// A new name for the file that an overlay is made on.
 pub(crate) fn old(rename: Option<PathBuf>) -> Old {
     rename.map_or(Old::Keeps, Old::Moves)
+}
+
+/// Whether a job is to wait.
+pub(crate) fn hold(asked: bool) -> Hold {
+    if asked { Hold::Yes } else { Hold::No }
 }

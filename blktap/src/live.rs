@@ -82,7 +82,8 @@ impl LiveDisk {
 
     /// Looks at the present disk; `None` while there is none. It is not to be kept.
     pub fn with<R>(&self, look: impl FnOnce(&dyn Disk) -> R) -> Option<R> {
-        self.shared.current.read().as_deref().map(look)
+        // Recursive: a look may open a queue of the disk by another look.
+        self.shared.current.read_recursive().as_deref().map(look)
     }
 
     /// Holds all requests back, and waits until those in flight are done and no queue has

@@ -37,6 +37,15 @@ pub enum Disk {
     /// Dirty bitmaps of an image.
     #[command(subcommand)]
     Bitmap(Bitmap),
+    /// Copy a running guest's disk while it is written, and let the guest go over to the copy.
+    ///
+    /// It ends after one pass over the disk, however much the guest writes: what was copied is
+    /// written twice from then on.
+    Mirror(live::Mirror),
+    /// Bring into a running guest's image what it has from those it builds on.
+    Stream(live::Stream),
+    /// Write an image in the middle of a running guest's chain into the one below it.
+    Coalesce(live::Coalesce),
     /// Hold the requests of a running guest's disk back, and close its files.
     ///
     /// They may be changed then as long as the guest reads the same: it goes on with
@@ -418,6 +427,14 @@ pub enum Snapshot {
 
 #[derive(Args)]
 pub struct Commit {
+    /// The disk of a running guest, as DOMID/VDEV, instead of an image that nobody serves. The
+    /// guest goes on in the image that was written. The one that it had is emptied, so that it
+    /// reads the same; a VHD is renamed to NAME.committed.
+    #[arg(long, value_name = "DOMID/VDEV", conflicts_with_all = ["file", "format", "keep"])]
+    pub live: Option<String>,
+    /// With --live: begin and return.
+    #[arg(long, requires = "live")]
+    pub no_wait: bool,
     /// Its format; without it, what its first bytes say, but never raw.
     #[arg(short, long, value_name = "FORMAT")]
     pub format: Option<String>,
@@ -434,6 +451,7 @@ pub struct Commit {
     #[command(flatten)]
     pub output: Output,
     /// The image.
+    #[arg(default_value = "", hide_default_value = true)]
     pub file: String,
 }
 

@@ -65,8 +65,15 @@ pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
             live::snapshot(&devices()?, new)
         }
         Disk::Snapshot(what) => snapshot::run(what),
+        Disk::Commit(options) if options.live.is_some() => live::commit(&devices()?, options),
+        Disk::Commit(options) if options.file.is_empty() => {
+            Err(Usage("name the image, or a running guest's disk with --live".into()).into())
+        }
         Disk::Commit(options) => commit::run(options),
         Disk::Bitmap(what) => bitmap::run(what),
+        Disk::Mirror(mirror) => live::mirror(&devices()?, mirror),
+        Disk::Stream(stream) => live::stream(&devices()?, stream),
+        Disk::Coalesce(coalesce) => live::coalesce(&devices()?, coalesce),
         Disk::Pause(on) => live::run(&devices()?, on, &json!({"command": "pause"}), "paused"),
         Disk::Resume(on) => live::run(&devices()?, on, &json!({"command": "resume"}), "done"),
         Disk::Job(on) => live::word(&devices()?, on, "job"),

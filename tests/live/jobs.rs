@@ -109,3 +109,124 @@ fn a_guest_can_be_killed_in_a_pause() {
     assert!(!status.success(), "a killed guest is no good end");
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }
+
+/// base <- one <- two <- top, each with data of its own, and the guest writes into the top.
+fn three_deep(format: &str) -> Guest {
+    let folder = folder();
+    let raw = if format == "qcow2" { "raw" } else { format };
+    image(folder.path(), raw, "base", None);
+    let mut below = ("base", raw);
+    for (n, name) in ["one", "two", "top"].into_iter().enumerate() {
+        image(folder.path(), format, name, Some(below));
+        below = (name, format);
+        if format == "qcow2" {
+            let at = n as u64 * 3 << 20;
+            let (write, zero) = (format!("write -P {} {at} 7M", n + 1), format!("write -z {at} 70k"));
+            let path = folder.path().join(name);
+            well("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, text(&path)]);
+        }
+    }
+    Guest::start(folder, &[&format!("{format}:top")])
+}
+
+/// Carries out a job while fio verifies; the guest's disk, and what it read at the end.
+fn under_fio(guest: Guest, seed: u32, args: &[&str]) -> (tempfile::TempDir, String) {
+    let mut fio = guest.fio("xvda", 5, seed);
+    let said = guest.ok(args);
+    assert!(said.contains(" done"), "{said}");
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    let disk = guest.job(XVDA)["disk"].as_str().expect("a name").to_owned();
+    guest.copy("xvda", "seen");
+    (guest.end(), disk)
+}
+
+/// The disk is clean, and reads as the guest read it.
+fn judge(folder: &Path, disk: &str) {
+    let (format, path) = disk.split_once(':').expect("FORMAT:PATH");
+    if format != "raw" {
+        check(Path::new(path), format);
+    }
+    same((&folder.join("seen"), "raw"), (Path::new(path), qemu(format)));
+}
+
+#[test]
+fn a_mirror_is_switched_to() {
+    for (n, format) in ["qcow2", "raw"].into_iter().enumerate() {
+        let args = ["mirror", "--live", XVDA, "--switch", "-O", format, "copy"];
+        let (folder, disk) = under_fio(three_deep("qcow2"), 10 + n as u32, &args);
+        assert_eq!(disk, format!("{format}:{}", text(&folder.path().join("copy"))));
+        judge(folder.path(), &disk);
+    }
+}
+
+#[test]
+fn a_mirror_is_equal_at_its_end() {
+    let guest = three_deep("qcow2");
+    let fio = guest.fio("xvda", 3, 20);
+    guest.ok(&["mirror", "--live", XVDA, "--hold", "copy"]);
+    assert_eq!(guest.job(XVDA)["state"], "ready");
+    // It follows the guest.
+    fio.well();
+    guest.ok(&["complete", "--live", XVDA]);
+    let end = Instant::now() + Duration::from_secs(10);
+    while guest.job(XVDA)["state"] != "done" {
+        assert!(Instant::now() < end, "{}", guest.job(XVDA));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("copy"))));
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+}
+
+#[test]
+fn a_commit_goes_on_below() {
+    for (n, (base, deep)) in [("two", true), ("base", true), ("base", false)].into_iter().enumerate() {
+        let guest = three_deep(if deep { "qcow2" } else { "vhd" });
+        let path = guest.path(base);
+        let args = ["commit", "--live", XVDA, "-b", text(&path)];
+        let (folder, disk) = under_fio(guest, 30 + n as u32, &args);
+        assert!(disk.ends_with(text(&path)), "{disk}");
+        judge(folder.path(), &disk);
+        if deep {
+            // Who opens what the guest had finds the same.
+            judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+        } else {
+            assert!(!folder.path().join("top").exists());
+        }
+    }
+}
+
+#[test]
+fn a_stream_leaves_what_is_below() {
+    for (n, base) in [None, Some("base"), Some("one")].into_iter().enumerate() {
+        let guest = three_deep("qcow2");
+        let path = base.map(|base| guest.path(base));
+        let mut args = vec!["stream", "--live", XVDA];
+        if let Some(path) = &path {
+            args.extend(["-b", text(path)]);
+        }
+        let (folder, disk) = under_fio(guest, 40 + n as u32, &args);
+        judge(folder.path(), &disk);
+        let info = well(RINGBACK, &["disk", "info", "--json", text(&folder.path().join("top"))]);
+        let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
+        assert_eq!(info["backing-filename"].as_str(), base, "{info}");
+    }
+}
+
+#[test]
+fn layers_are_coalesced_one_after_the_other() {
+    let guest = three_deep("qcow2");
+    let mut fio = guest.fio("xvda", 6, 50);
+    for layer in ["two", "one"] {
+        let path = guest.path(layer);
+        guest.ok(&["coalesce", "--live", XVDA, text(&path)]);
+        std::fs::remove_file(path).expect("nobody needs it");
+    }
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+}

@@ -3,14 +3,24 @@
 //! Each job leaves a disk that is whole at every moment: what it has half done is not named by
 //! anything, or lies below data that hide it. So after a crash the same job, begun anew, completes
 //! it.
+mod chain;
+mod coalesce;
+mod commit;
+mod mirror;
 mod paths;
 mod snapshot;
+mod stream;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use chain::Layer;
+pub use coalesce::coalesce;
+pub use commit::commit;
+pub use mirror::{AtTheEnd, mirror};
 pub use snapshot::{Old, snapshot};
+pub use stream::stream;
 
 use super::{LiveDisk, LiveError, Name, PassError, Paused};
 use crate::disk::Disk;

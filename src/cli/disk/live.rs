@@ -1,5 +1,7 @@
 //! What is done with the disk of a running guest.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::{Output, Progress};
@@ -55,4 +57,45 @@ pub struct CreateSnapshot {
     /// The snapshot's name.
     #[arg(required_unless_present = "live", conflicts_with = "live")]
     pub name: Option<String>,
+}
+
+/// A copy of a running guest's disk.
+#[derive(Args)]
+pub struct Mirror {
+    #[command(flatten)]
+    pub on: OnLive,
+    /// Format of the target.
+    #[arg(short = 'O', long, value_name = "FORMAT", default_value = "qcow2")]
+    pub output_format: String,
+    /// Write into a target that exists, and that has at least the disk's size.
+    #[arg(short, long)]
+    pub no_create: bool,
+    /// Let the guest go on with the copy. Name it in the guest's configuration before the guest
+    /// is started the next time: the old disk stays as it was at the switch.
+    #[arg(long)]
+    pub switch: bool,
+    /// Keep disk and copy equal until `ringback disk complete`.
+    #[arg(long)]
+    pub hold: bool,
+    /// The copy: a file, which is made, or a server's export (nbd:unix:PATH, nbd://HOST/NAME).
+    pub target: String,
+}
+
+/// Chains of a running guest's disk.
+#[derive(Args)]
+pub struct Stream {
+    #[command(flatten)]
+    pub on: OnLive,
+    /// The image of the chain that the disk builds on afterwards [default: none].
+    #[arg(short, long, value_name = "FILE")]
+    pub base: Option<PathBuf>,
+}
+
+/// Chains of a running guest's disk.
+#[derive(Args)]
+pub struct Coalesce {
+    #[command(flatten)]
+    pub on: OnLive,
+    /// The image in the middle of the chain; NO OTHER image may build on its parent.
+    pub layer: PathBuf,
 }

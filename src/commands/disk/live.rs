@@ -6,10 +6,15 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use blktap::storage::Cache;
+
+use super::create::{self, NewImage};
 use super::open::{is_nbd, parse_format};
+use super::options::Options;
 use super::work::Work;
 use super::{Result, Usage, document};
-use crate::cli::disk::live::{CreateSnapshot, OnLive};
+use crate::cli::disk::Commit;
+use crate::cli::disk::live::{Coalesce, CreateSnapshot, Mirror, OnLive, Stream};
 use crate::commands::{Context, live};
 
 /// How often a job is asked how far it is.
@@ -136,6 +141,62 @@ pub fn target(file: &str, format: &str) -> Result<String> {
     let path = std::path::absolute(file)?;
     let path = path.to_str().ok_or("the file's name is not UTF-8")?;
     Ok(format!("{}:{path}", parse_format(format)?))
+}
+
+/// A file of the chain as the device is to find it.
+fn file(path: Option<&Path>) -> Result<Option<String>> {
+    let Some(path) = path else { return Ok(None) };
+    let path = std::path::absolute(path)?;
+    let text = path.to_str().ok_or("the file's name is not UTF-8")?;
+    Ok(Some(text.to_owned()))
+}
+
+/// `ringback disk stream`.
+pub fn stream(context: &Context, options: &Stream) -> Result {
+    let base = file(options.base.as_deref())?;
+    run(context, &options.on, &json!({"command": "stream", "base": base}), "done")
+}
+
+/// `ringback disk coalesce`.
+pub fn coalesce(context: &Context, options: &Coalesce) -> Result {
+    let layer = file(Some(&options.layer))?;
+    run(context, &options.on, &json!({"command": "coalesce", "layer": layer}), "done")
+}
+
+/// `ringback disk commit --live`.
+pub fn commit(context: &Context, options: &Commit) -> Result {
+    let base = file(options.base.as_deref().map(Path::new))?;
+    let on = OnLive {
+        live: options.live.clone().unwrap_or_default(),
+        no_wait: options.no_wait,
+        progress: options.progress.clone(),
+        output: options.output.clone(),
+    };
+    run(context, &on, &json!({"command": "commit", "base": base}), "done")
+}
+
+/// `ringback disk mirror`.
+pub fn mirror(context: &Context, options: &Mirror) -> Result {
+    let target = target(&options.target, &options.output_format)?;
+    let device = &options.on.live;
+    if !options.no_create && !is_nbd(&options.target) {
+        let size = live::ask(context, device, &json!({"command": "job"}))?;
+        let size = size.get("size").and_then(Value::as_u64).ok_or("no size")?;
+        let path = Path::new(&options.target);
+        if path.exists() {
+            let text = format!("{}: it exists: write into it with -n", options.target);
+            return Err(Usage(text).into());
+        }
+        let (format, options) = (parse_format(&options.output_format)?, Options::default());
+        let (backing, cache) = (None, Cache::Writeback);
+        let new = NewImage { path, format, size, options, backing, cache };
+        create::make(new, &mut Work::new(false)?)?;
+    }
+    let request = json!({
+        "command": "mirror", "target": target, "switch": options.switch, "hold": options.hold,
+    });
+    let state = if options.hold { "ready" } else { "done" };
+    run(context, &options.on, &request, state)
 }
 
 /// `ringback disk snapshot create --live`.
