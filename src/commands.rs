@@ -50,7 +50,7 @@ pub fn run(cli: Cli) -> Result {
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
         Command::Bench(bench) => return bench::run(&bench),
-        Command::Disk(disk) => return disk::run(&disk),
+        Command::Disk(disk) => return disk::run(cli.run_dir, &disk),
         Command::Export(Export::Nbd(options)) => return export::nbd(&options),
         Command::Export(Export::VhostUserBlk(options)) => return export::vhost_user_blk(&options),
         command => command,

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blktap::formats::qcow2::L2Cache;
-use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
-use blktap::storage::{Access, Cache, OpenOptions};
+use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::live::jobs::{AtTheEnd, Opening};
+use blktap::live::{LiveDisk, Name};
+use blktap::storage::{Access, Cache, Lock, OpenOptions};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
@@ -18,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
+use crate::live::{self, Jobs, Task};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
 use crate::proto::{Features, Limits, Mode};
@@ -37,6 +40,8 @@ pub struct Wanted {
     pub cache: Cache,
     /// Memory for the L2 tables of a QCOW2 image.
     pub l2_cache: L2Cache,
+    /// What for.
+    pub how: Opening,
 }
 
 /// Opens the disk that a node names. Its error's text reaches the guest's administrator.
@@ -101,7 +106,8 @@ struct BlkDevice {
 struct Serving {
     queues: Vec<Queue>,
     config: Config,
-    disk: Arc<dyn Disk>,
+    jobs: Jobs,
+    disk: Arc<LiveDisk>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
 }
@@ -142,6 +148,7 @@ impl BlkDevice {
             access: if writable { Access::ReadWrite } else { Access::ReadOnly },
             cache: config.cache,
             l2_cache: config.l2_cache_size,
+            how: Opening::Guest,
         })
     }
 
@@ -278,12 +285,15 @@ impl Device for BlkDevice {
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
         self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
-        let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
+        let wanted = Self::wanted(nodes, &config)?;
+        let disk = LiveDisk::new((self.open)(&wanted)?);
+        let jobs = Jobs::new(disk.clone(), self.open.clone(), wanted, nodes)?;
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
+        let (queues, _stats) = (Vec::new(), None);
         let mut serving =
-            Serving { queues: Vec::new(), config: config.clone(), disk, geometry, _stats: None };
+            Serving { queues, config: config.clone(), jobs, disk, geometry, _stats };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
         if self.log.permits(&self.id) {
             tracing::info!(
@@ -304,6 +314,8 @@ impl Device for BlkDevice {
     fn disconnect(&mut self, why: Parting) {
         let Some(mut serving) = self.serving.take() else { return };
         let begun = Instant::now();
+        // What a job holds back goes on, or the queues would wait for it.
+        serving.jobs.stop();
         // All are told before the first is waited for.
         serving.queues.iter().for_each(|queue| queue.stop(why));
         serving.queues.clear();
@@ -327,26 +339,66 @@ impl Device for BlkDevice {
         control::answer(line, |command| match command {
             Command::Resize {} => self.resize(nodes).map(|size| json!({"size": size})),
             Command::Set { knob, value } => self.set(&knob, &value),
+            command => {
+                let serving = self.serving.as_mut();
+                let serving =
+                    serving.ok_or_else(|| Fault("the device is not connected".into()))?;
+                serving.steer(command)
+            }
         })
+    }
+}
+
+impl Serving {
+    /// What concerns jobs.
+    fn steer(&mut self, command: Command) -> Result<Value, Fault> {
+        match command {
+            Command::Pause {} => self.jobs.begin(Task::Pause),
+            Command::Resume {} => self.jobs.resume(),
+            Command::Snapshot { overlay, rename, hold } => self.jobs.begin(Task::Snapshot {
+                overlay: overlay.parse()?,
+                old: live::old(rename),
+                hold: live::hold(hold),
+            }),
+            Command::Mirror { target, switch, hold } => self.jobs.begin(Task::Mirror {
+                target: target.parse()?,
+                end: if switch { AtTheEnd::Switch } else { AtTheEnd::Stay },
+                hold: live::hold(hold),
+            }),
+            Command::Commit { base } => self.jobs.begin(Task::Commit { base }),
+            Command::Stream { base } => self.jobs.begin(Task::Stream { base }),
+            Command::Coalesce { layer } => self.jobs.begin(Task::Coalesce { layer }),
+            Command::Job {} => self.jobs.tell(),
+            Command::Cancel {} => self.jobs.cancel(),
+            Command::Complete {} => self.jobs.complete(),
+            Command::Resize {} | Command::Set { .. } => Err(Fault("not about jobs".into())),
+        }
     }
 }
 
 /// Opens what a node's `FORMAT:TARGET` names; a target alone is raw. Images that build on others
 /// open these as `backing` allows.
 pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn Disk>, Fault> {
-    if NbdTarget::is_meant(&wanted.params) {
-        return open_nbd(wanted).map_err(|e| Fault(e.to_string()));
-    }
-    let (format, target) = match wanted.params.split_once(':') {
-        Some((format, target)) if !format.contains('/') => (format, target),
-        _ => ("raw", wanted.params.as_str()),
+    let (format, path) = match wanted.params.parse() {
+        Ok(Name::File { format, path }) => (format, path),
+        Ok(Name::Export(_)) => return open_nbd(wanted).map_err(|e| Fault(e.to_string())),
+        Err(e) => return Err(Fault(format!("{}: {e}", wanted.params))),
     };
-    let told = |e: &dyn std::fmt::Display| Fault(format!("{}: {e}", wanted.params));
-    let format: ImageFormat = format.parse().map_err(|e| told(&e))?;
-    let file = OpenOptions::new(target).access(wanted.access).cache(wanted.cache);
-    let options =
-        ImageOptions::new(format, file).backing(backing.clone()).l2_cache(wanted.l2_cache);
-    image::open(&options).map_err(|e| Fault(e.to_string()))
+    let file = OpenOptions::new(path).access(wanted.access).cache(wanted.cache);
+    let (file, backing) = match wanted.how {
+        Opening::Guest => (file, backing.clone()),
+        Opening::Below => (file.lock(Lock::Off), backing.clone()),
+        Opening::Alone => {
+            (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore)
+        }
+    };
+    let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
+    let disk = match wanted.how {
+        Opening::Guest => image::open(&options),
+        // With its layers, also where there is but one.
+        _ => image::open_image(&options).map(|disk| disk as Arc<dyn Disk>),
+    };
+    disk.map_err(|e| Fault(e.to_string()))
 }
 
 /// The export of an NBD server.

@@ -1,5 +1,7 @@
 //! The requests of a block device's control socket: JSON objects with a `command`.
 
+use std::path::PathBuf;
+
 use hypervisor::xenbus::Fault;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -17,6 +19,52 @@ pub(crate) enum Command {
         /// Its new value.
         value: String,
     },
+    /// Hold the guest's requests back, and close the disk.
+    Pause {},
+    /// Open the disk again and let requests go on.
+    Resume {},
+    /// Make an overlay and let the guest go on in it.
+    Snapshot {
+        /// `FORMAT:PATH`, absolute.
+        overlay: String,
+        /// The disk's file gets this name, and the overlay its name.
+        rename: Option<PathBuf>,
+        /// Wait when paused and when swapped, for other disks.
+        #[serde(default)]
+        hold: bool,
+    },
+    /// Copy the disk, and keep the copy equal.
+    Mirror {
+        /// `FORMAT:PATH`, absolute, or a server's export; it is there.
+        target: String,
+        /// Let the guest go on with the copy.
+        #[serde(default)]
+        switch: bool,
+        /// Keep both equal until the word is given.
+        #[serde(default)]
+        hold: bool,
+    },
+    /// Write the disk's own data into an image that it builds on, and let the guest go on there.
+    Commit {
+        /// Its file; the nearest where none is named.
+        base: Option<PathBuf>,
+    },
+    /// Bring what the disk has from images below into its own.
+    Stream {
+        /// The file of the image that it builds on afterwards; none where none is named.
+        base: Option<PathBuf>,
+    },
+    /// Write an image in the middle of the chain into the one below it.
+    Coalesce {
+        /// Its file.
+        layer: PathBuf,
+    },
+    /// What is known of the last job.
+    Job {},
+    /// End the job.
+    Cancel {},
+    /// The word to go on, for a job that waits.
+    Complete {},
 }
 
 /// One line for one line: an object, `{"size": BYTES}` for a resize, or `{"error": TEXT}`.

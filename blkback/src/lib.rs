@@ -11,6 +11,7 @@ mod counters;
 pub mod frontend;
 #[cfg(feature = "test-faults")]
 mod leak;
+mod live;
 pub mod negotiate;
 pub mod proto;
 mod queue;

@@ -17,6 +17,7 @@ use crate::disk::{Disk, Kept, Region};
 use pipe::Buffer;
 use reader::{Mode, Reader};
 use runs::Examine;
+pub(crate) use runs::find_zeroes;
 use writer::Writer;
 
 /// What is done with a stretch of the source.

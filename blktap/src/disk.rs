@@ -15,6 +15,7 @@ use std::time::Duration;
 use perf::Handle;
 
 use crate::engine::EngineCounters;
+use crate::image::ImageDisk;
 pub use mem::{MemDisk, Volatility};
 pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
@@ -163,6 +164,15 @@ pub trait Disk: Send + Sync {
     /// A queue for one thread. `depth` is how many requests it holds at once, from 1 to
     /// [`MAX_DEPTH`](crate::engine::MAX_DEPTH).
     fn queue(&self, depth: u32) -> io::Result<Box<dyn DiskQueue>>;
+    /// Leaves what is kept there as something that was closed properly, durably. All queues are
+    /// gone; afterwards the disk is only good for being dropped.
+    fn close(&self) -> io::Result<()> {
+        Ok(())
+    }
+    /// This disk as an image with its layers, if it is one.
+    fn image(&self) -> Option<&ImageDisk> {
+        None
+    }
     /// What a discarded range reads as.
     fn discarded(&self) -> Discarded {
         Discarded::Unspecified

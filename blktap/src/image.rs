@@ -153,6 +153,14 @@ impl Disk for ImageDisk {
         Ok(Box::new(self.image_queue(depth)?))
     }
 
+    fn close(&self) -> io::Result<()> {
+        self.shared.close().map_err(|e| io_error(&e))
+    }
+
+    fn image(&self) -> Option<&ImageDisk> {
+        Some(self)
+    }
+
     fn map(&self, range: Range<u64>, out: &mut Vec<Region>) -> io::Result<()> {
         let chain = &self.shared.chain;
         let (mut scratch, mut stretches) = (chain.scratch(), Vec::new());

@@ -7,6 +7,7 @@ pub mod export;
 pub mod faults;
 pub mod formats;
 pub mod image;
+pub mod live;
 pub mod polling;
 pub mod storage;
 pub use disk::*;

@@ -1,5 +1,7 @@
 //! The command line of `ringback disk`, like qemu-img's.
 
+pub mod live;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -35,6 +37,28 @@ pub enum Disk {
     /// Dirty bitmaps of an image.
     #[command(subcommand)]
     Bitmap(Bitmap),
+    /// Copy a running guest's disk while it is written, and let the guest go over to the copy.
+    ///
+    /// It ends after one pass over the disk, however much the guest writes: what was copied is
+    /// written twice from then on.
+    Mirror(live::Mirror),
+    /// Bring into a running guest's image what it has from those it builds on.
+    Stream(live::Stream),
+    /// Write an image in the middle of a running guest's chain into the one below it.
+    Coalesce(live::Coalesce),
+    /// Hold the requests of a running guest's disk back, and close its files.
+    ///
+    /// They may be changed then as long as the guest reads the same: it goes on with
+    /// `ringback disk resume`.
+    Pause(live::OnLive),
+    /// End a pause: the disk is opened again and requests go on.
+    Resume(live::OnLive),
+    /// Show the job on a running guest's disk, or the last one.
+    Job(live::OnLive),
+    /// End the job on a running guest's disk; the disk stays as it was, whole.
+    Cancel(live::OnLive),
+    /// Let a job go on that waits for a word: a mirror goes over to its copy.
+    Complete(live::OnLive),
 }
 
 #[derive(Args, Clone, Default)]
@@ -390,8 +414,9 @@ pub struct Listed {
 
 #[derive(Subcommand)]
 pub enum Snapshot {
-    /// Keep the disk's present content under a name.
-    Create(Named),
+    /// Keep the disk's present content: under a name inside the image, or, of a running guest's
+    /// disk, by an overlay in which the guest goes on.
+    Create(live::CreateSnapshot),
     /// Show the snapshots.
     List(Listed),
     /// Go back to a snapshot: THE PRESENT CONTENT IS LOST unless another snapshot has it.
@@ -402,6 +427,14 @@ pub enum Snapshot {
 
 #[derive(Args)]
 pub struct Commit {
+    /// The disk of a running guest, as DOMID/VDEV, instead of an image that nobody serves. The
+    /// guest goes on in the image that was written. The one that it had is emptied, so that it
+    /// reads the same; a VHD is renamed to NAME.committed.
+    #[arg(long, value_name = "DOMID/VDEV", conflicts_with_all = ["file", "format", "keep"])]
+    pub live: Option<String>,
+    /// With --live: begin and return.
+    #[arg(long, requires = "live")]
+    pub no_wait: bool,
     /// Its format; without it, what its first bytes say, but never raw.
     #[arg(short, long, value_name = "FORMAT")]
     pub format: Option<String>,
@@ -418,6 +451,7 @@ pub struct Commit {
     #[command(flatten)]
     pub output: Output,
     /// The image.
+    #[arg(default_value = "", hide_default_value = true)]
     pub file: String,
 }
 

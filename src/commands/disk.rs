@@ -1,4 +1,4 @@
-//! `ringback disk`: images that nobody serves.
+//! `ringback disk`: images that nobody serves, and the disks of running guests.
 
 mod bitmap;
 mod check;
@@ -8,6 +8,7 @@ mod convert;
 mod create;
 mod formats;
 mod info;
+mod live;
 mod map;
 mod measure;
 mod open;
@@ -18,10 +19,14 @@ mod sizes;
 mod snapshot;
 mod work;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::Result;
-use crate::cli::disk::Disk;
+use serde_json::json;
+
+use super::{Context, Result};
+use crate::cli::disk::{Disk, Snapshot};
+use crate::platform::run_dir;
 
 /// Exit status of a wrong use.
 const USAGE: u8 = 2;
@@ -43,8 +48,9 @@ pub fn about<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Box<dyn std:
     move |e| format!("{what}: {e}").into()
 }
 
-/// `ringback disk`.
-pub fn run(disk: &Disk) -> Result {
+/// `ringback disk`. Only what speaks to a device needs to know where these are.
+pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
+    let devices = || run_dir(given.clone()).map(|run_dir| Context { run_dir, socket: None });
     let result = match disk {
         Disk::Create(options) => create::run(options),
         Disk::Info(options) => info::run(options),
@@ -55,9 +61,24 @@ pub fn run(disk: &Disk) -> Result {
         Disk::Measure(options) => measure::run(options),
         Disk::Compare(options) => compare::run(options),
         Disk::Rebase(options) => rebase::run(options),
+        Disk::Snapshot(Snapshot::Create(new)) if !new.live.is_empty() => {
+            live::snapshot(&devices()?, new)
+        }
         Disk::Snapshot(what) => snapshot::run(what),
+        Disk::Commit(options) if options.live.is_some() => live::commit(&devices()?, options),
+        Disk::Commit(options) if options.file.is_empty() => {
+            Err(Usage("name the image, or a running guest's disk with --live".into()).into())
+        }
         Disk::Commit(options) => commit::run(options),
         Disk::Bitmap(what) => bitmap::run(what),
+        Disk::Mirror(mirror) => live::mirror(&devices()?, mirror),
+        Disk::Stream(stream) => live::stream(&devices()?, stream),
+        Disk::Coalesce(coalesce) => live::coalesce(&devices()?, coalesce),
+        Disk::Pause(on) => live::run(&devices()?, on, &json!({"command": "pause"}), "paused"),
+        Disk::Resume(on) => live::run(&devices()?, on, &json!({"command": "resume"}), "done"),
+        Disk::Job(on) => live::word(&devices()?, on, "job"),
+        Disk::Cancel(on) => live::word(&devices()?, on, "cancel"),
+        Disk::Complete(on) => live::word(&devices()?, on, "complete"),
     };
     match result {
         Err(e) if e.is::<Usage>() => {

@@ -86,6 +86,8 @@ pub(super) struct Run {
     tables: Vec<IndirectTable>,
     /// Slots that wait for memory or behind a barrier, in order.
     waiting: VecDeque<u32>,
+    /// Requests that a paused disk did not take, in order.
+    refused: VecDeque<(u32, Op)>,
     /// Answered, and still to be counted.
     finished: Vec<u32>,
     /// Answered but not yet released reads of this round.
@@ -116,6 +118,7 @@ impl Run {
             fresh: Vec::with_capacity(slots),
             tables: Vec::with_capacity(BATCH),
             waiting: VecDeque::with_capacity(slots),
+            refused: VecDeque::new(),
             finished: Vec::with_capacity(slots),
             reads: Vec::with_capacity(slots),
             freed: false,
@@ -211,6 +214,7 @@ impl<A: Abi> Worker<A> {
             self.accept(slot, &A::parse(&entry.req), &mut table_pages);
         }
         self.fetch_tables()?;
+        let retried = self.retry()?;
         // Whoever waits for memory or a barrier can start when something has ended: not before,
         // for each look for memory counts. What was started may have ended at once, by a bad
         // reference, and nobody else starts those behind it.
@@ -219,7 +223,26 @@ impl<A: Abi> Worker<A> {
             true => 0,
             false => self.start()?,
         };
-        Ok(taken + started)
+        Ok(taken + retried + started)
+    }
+
+    /// Tries once more what a paused disk has refused; how many it took.
+    fn retry(&mut self) -> Result<usize, Fault> {
+        let refused = self.run.refused.len();
+        for _ in 0..refused {
+            let Some((slot, op)) = self.run.refused.pop_front() else { break };
+            self.submit(slot, op)?;
+            if self.run.refused.back() == Some(&(slot, op)) {
+                // Still so; it was the first of them.
+                self.run.refused.rotate_right(1);
+                break;
+            }
+        }
+        let taken = refused - self.run.refused.len();
+        if taken > 0 {
+            self.disk.submit_all()?;
+        }
+        Ok(taken)
     }
 
     fn corrupt(&self, e: &rings::Corrupt) -> Fault {
@@ -338,7 +361,7 @@ impl<A: Abi> Worker<A> {
 
     /// A barrier waits until it is alone; nothing starts beside one.
     fn may_start(&self, slot: u32, started: usize) -> bool {
-        let alone = started == 0 && self.disk.in_flight() == 0;
+        let alone = started == 0 && self.disk.in_flight() == 0 && self.run.refused.is_empty();
         !self.run.barrier && (alone || self.slots.get(slot).work != Work::Barrier)
     }
 
@@ -380,8 +403,11 @@ impl<A: Abi> Worker<A> {
         let (offset, len) = if op == Op::Flush { (0, 0) } else { (s.offset, s.len) };
         let request =
             blktap::Request { op, offset, len, bufs: &self.run.bufs, token: u64::from(slot) };
-        // One request a slot, and the queue was made for as many.
-        self.disk.submit(&request).map_err(|_| Fault(format!("{}: the disk is full", self.name)))
+        // One request a slot, and the queue was made for as many: it is paused.
+        if self.disk.submit(&request).is_err() {
+            self.run.refused.push_back((slot, op));
+        }
+        Ok(())
     }
 
     // ---- from the disk to the ring
@@ -536,7 +562,9 @@ impl<A: Abi> Worker<A> {
         if std::mem::take(&mut self.run.rung) {
             self.channel.acknowledge().map_err(|e| self.channel_fault(&e))?;
         }
-        if self.ring.arm().map_err(|e| self.corrupt(&e))? == Pending::Work {
+        let pending = self.ring.arm().map_err(|e| self.corrupt(&e))?;
+        // While requests wait for those before them no more are taken from the ring.
+        if pending == Pending::Work && self.run.waiting.is_empty() {
             return Ok(());
         }
         self.counters.sleeps.add(1);

@@ -31,7 +31,7 @@ impl Examine<'_> {
 
 /// Appends the runs of `bytes` that are zeroes and that are not, in units of `unit` bytes of the
 /// disk.
-pub(super) fn find_zeroes(offset: u64, bytes: &[u8], unit: usize, out: &mut Vec<Part>) {
+pub(crate) fn find_zeroes(offset: u64, bytes: &[u8], unit: usize, out: &mut Vec<Part>) {
     let unit = unit.max(512);
     // The first unit may have begun before this piece.
     let first = unit - (offset % unit as u64) as usize;

@@ -27,6 +27,7 @@ impl std::fmt::Display for DeviceId {
 }
 
 /// The two xenstore directories of one device.
+#[derive(Clone)]
 pub struct Nodes {
     store: Arc<Client>,
     id: DeviceId,

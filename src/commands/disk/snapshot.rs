@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::open::Opening;
 use super::work::Work;
 use super::{Result, Usage, document, formats, sizes};
-use crate::cli::disk::{Named, Snapshot};
+use crate::cli::disk::{Backing, Output, Snapshot};
 
 /// A snapshot inside an image.
 pub struct SnapshotInfo {
@@ -47,24 +47,36 @@ pub fn run(what: &Snapshot) -> Result {
             }
             return Ok(ExitCode::SUCCESS);
         }
-        Snapshot::Create(named) => (Act::Create, named),
+        Snapshot::Create(new) => {
+            let of = Of { file: new.file.as_deref(), name: new.name.as_deref() };
+            return change(Act::Create, of, new.format.as_deref(), (&new.allow, &new.output));
+        }
         Snapshot::Apply(named) => (Act::Apply, named),
         Snapshot::Delete(named) => (Act::Delete, named),
     };
-    change(act, named)
+    let of = Of { file: Some(&named.file), name: Some(&named.name) };
+    change(act, of, named.format.as_deref(), (&named.allow, &named.output))
 }
 
-fn change(act: Act, named: &Named) -> Result {
-    let opening = Opening::to_write(&named.file, named.format.as_deref(), &named.allow);
-    if named.name.is_empty() {
+/// Which snapshot of which image.
+struct Of<'a> {
+    file: Option<&'a str>,
+    name: Option<&'a str>,
+}
+
+fn change(act: Act, of: Of<'_>, format: Option<&str>, more: (&Backing, &Output)) -> Result {
+    let (allow, output) = more;
+    let (file, name) = (of.file.unwrap_or_default(), of.name.unwrap_or_default());
+    let opening = Opening::to_write(file, format, allow);
+    if name.is_empty() {
         return Err(Usage("a snapshot needs a name".into()).into());
     }
     let format = opening.format()?;
     // From here on a signal waits for the end, which is not far.
     let _work = Work::new(false)?;
-    formats::snapshot(&opening, format, act, &named.name)?;
-    if named.output.json {
-        document(json!({"filename": named.file, "name": named.name}));
+    formats::snapshot(&opening, format, act, name)?;
+    if output.json {
+        document(json!({"filename": file, "name": name}));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,232 @@
+//! Each job, while the guest writes.
+
+use std::time::{Duration, Instant};
+
+use super::*;
+
+const XVDA: &str = "1/xvda";
+
+/// What `qemu-img` calls a format.
+fn qemu(format: &str) -> &str {
+    if format == "vhd" { "vpc" } else { format }
+}
+
+#[test]
+fn snapshots_lose_nothing() {
+    for format in ["raw", "qcow2", "vhd"] {
+        let folder = folder();
+        image(folder.path(), format, "base", None);
+        let guest = Guest::start(folder, &[&format!("{format}:base")]);
+        let mut fio = guest.fio("xvda", 4, 1);
+        let overlay_format = if format == "vhd" { "vhd" } else { "qcow2" };
+        for overlay in ["one", "two", "three"] {
+            let args =
+                ["snapshot", "create", "--live", XVDA, "--overlay", overlay, "-O", overlay_format];
+            let said = guest.ok(&args);
+            assert!(said.contains("snapshot done"), "{said}");
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        assert!(fio.runs(), "fio has ended too early");
+        fio.well();
+        assert_eq!(guest.job(XVDA)["disk"], format!("{overlay_format}:{}", text(&guest.path("three"))));
+        let seen = guest.copy("xvda", "seen");
+        // What is below the newest is not locked for reading, and nobody can write to it.
+        let base = guest.path("two");
+        let written = run("qemu-io", &["-f", qemu(overlay_format), "-c", "write 0 4k", text(&base)]);
+        assert!(String::from_utf8_lossy(&written.stderr).contains("lock"), "{written:?}");
+        let kept = guest.end();
+        let kept = kept.path();
+        for overlay in ["one", "two", "three"] {
+            check(&kept.join(overlay), overlay_format);
+        }
+        same((&seen, "raw"), (&kept.join("three"), qemu(overlay_format)));
+    }
+}
+
+#[test]
+fn a_paused_disk_waits_and_goes_on() {
+    let folder = folder();
+    image(folder.path(), "qcow2", "disk", None);
+    let guest = Guest::start(folder, &["qcow2:disk"]);
+    let mut fio = guest.fio("xvda", 4, 2);
+    guest.ok(&["pause", "--live", XVDA]);
+    assert_eq!(guest.job(XVDA)["state"], "paused");
+    // Its files are let go: another program may have the image.
+    check(&guest.path("disk"), "qcow2");
+    // Who waits does not work.
+    let before = cpu_of_backend(&guest);
+    std::thread::sleep(Duration::from_millis(500));
+    let used = cpu_of_backend(&guest) - before;
+    assert!(used < Duration::from_millis(50), "{used:?} of processor time in a pause");
+    assert!(guest.refused(&["pause", "--live", XVDA]).contains("a job runs already (pause)"));
+    guest.ok(&["resume", "--live", XVDA]);
+    assert!(guest.refused(&["resume", "--live", XVDA]).contains("not paused"));
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    guest.end();
+}
+
+/// Processor time of the backend that serves the guest.
+fn cpu_of_backend(guest: &Guest) -> Duration {
+    let parent = guest.child.as_ref().expect("running").id();
+    let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+    let children = children.expect("its children");
+    let mut ticks = 0;
+    for pid in children.split_whitespace() {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if line.contains("\0backend\0") {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its times");
+            let after = stat.rsplit(')').next().expect("a name in brackets").to_owned();
+            let fields: Vec<&str> = after.split_whitespace().collect();
+            let number = |at: usize| fields[at].parse::<u64>().expect("a number");
+            ticks += number(11) + number(12);
+        }
+    }
+    // USER_HZ is 100 on all of Linux's platforms that we know.
+    Duration::from_millis(ticks * 10)
+}
+
+/// A guest whose requests are held cannot close its disk; but it can be killed, and the backend
+/// ends as it should.
+#[test]
+fn a_guest_can_be_killed_in_a_pause() {
+    let folder = folder();
+    image(folder.path(), "raw", "disk", None);
+    let mut guest = Guest::start(folder, &["raw:disk"]);
+    let _fio = guest.fio("xvda", 30, 3);
+    guest.ok(&["pause", "--live", XVDA]);
+    let parent = guest.child.as_ref().expect("running").id();
+    let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+    for pid in children.expect("its children").split_whitespace() {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if line.contains("\0guest\0") {
+            let pid = Pid::from_raw(pid.parse().expect("a number")).expect("a process");
+            kill_process(pid, Signal::KILL).expect("SIGKILL");
+        }
+    }
+    let begun = Instant::now();
+    let status = guest.child.take().expect("running").wait().expect("an end");
+    assert!(!status.success(), "a killed guest is no good end");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+/// base <- one <- two <- top, each with data of its own, and the guest writes into the top.
+fn three_deep(format: &str) -> Guest {
+    let folder = folder();
+    let raw = if format == "qcow2" { "raw" } else { format };
+    image(folder.path(), raw, "base", None);
+    let mut below = ("base", raw);
+    for (n, name) in ["one", "two", "top"].into_iter().enumerate() {
+        image(folder.path(), format, name, Some(below));
+        below = (name, format);
+        if format == "qcow2" {
+            let at = n as u64 * 3 << 20;
+            let (write, zero) = (format!("write -P {} {at} 7M", n + 1), format!("write -z {at} 70k"));
+            let path = folder.path().join(name);
+            well("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, text(&path)]);
+        }
+    }
+    Guest::start(folder, &[&format!("{format}:top")])
+}
+
+/// Carries out a job while fio verifies; the guest's disk, and what it read at the end.
+fn under_fio(guest: Guest, seed: u32, args: &[&str]) -> (tempfile::TempDir, String) {
+    let mut fio = guest.fio("xvda", 5, seed);
+    let said = guest.ok(args);
+    assert!(said.contains(" done"), "{said}");
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    let disk = guest.job(XVDA)["disk"].as_str().expect("a name").to_owned();
+    guest.copy("xvda", "seen");
+    (guest.end(), disk)
+}
+
+/// The disk is clean, and reads as the guest read it.
+fn judge(folder: &Path, disk: &str) {
+    let (format, path) = disk.split_once(':').expect("FORMAT:PATH");
+    if format != "raw" {
+        check(Path::new(path), format);
+    }
+    same((&folder.join("seen"), "raw"), (Path::new(path), qemu(format)));
+}
+
+#[test]
+fn a_mirror_is_switched_to() {
+    for (n, format) in ["qcow2", "raw"].into_iter().enumerate() {
+        let args = ["mirror", "--live", XVDA, "--switch", "-O", format, "copy"];
+        let (folder, disk) = under_fio(three_deep("qcow2"), 10 + n as u32, &args);
+        assert_eq!(disk, format!("{format}:{}", text(&folder.path().join("copy"))));
+        judge(folder.path(), &disk);
+    }
+}
+
+#[test]
+fn a_mirror_is_equal_at_its_end() {
+    let guest = three_deep("qcow2");
+    let fio = guest.fio("xvda", 3, 20);
+    guest.ok(&["mirror", "--live", XVDA, "--hold", "copy"]);
+    assert_eq!(guest.job(XVDA)["state"], "ready");
+    // It follows the guest.
+    fio.well();
+    guest.ok(&["complete", "--live", XVDA]);
+    let end = Instant::now() + Duration::from_secs(10);
+    while guest.job(XVDA)["state"] != "done" {
+        assert!(Instant::now() < end, "{}", guest.job(XVDA));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("copy"))));
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+}
+
+#[test]
+fn a_commit_goes_on_below() {
+    for (n, (base, deep)) in [("two", true), ("base", true), ("base", false)].into_iter().enumerate() {
+        let guest = three_deep(if deep { "qcow2" } else { "vhd" });
+        let path = guest.path(base);
+        let args = ["commit", "--live", XVDA, "-b", text(&path)];
+        let (folder, disk) = under_fio(guest, 30 + n as u32, &args);
+        assert!(disk.ends_with(text(&path)), "{disk}");
+        judge(folder.path(), &disk);
+        if deep {
+            // Who opens what the guest had finds the same.
+            judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+        } else {
+            assert!(!folder.path().join("top").exists());
+        }
+    }
+}
+
+#[test]
+fn a_stream_leaves_what_is_below() {
+    for (n, base) in [None, Some("base"), Some("one")].into_iter().enumerate() {
+        let guest = three_deep("qcow2");
+        let path = base.map(|base| guest.path(base));
+        let mut args = vec!["stream", "--live", XVDA];
+        if let Some(path) = &path {
+            args.extend(["-b", text(path)]);
+        }
+        let (folder, disk) = under_fio(guest, 40 + n as u32, &args);
+        judge(folder.path(), &disk);
+        let info = well(RINGBACK, &["disk", "info", "--json", text(&folder.path().join("top"))]);
+        let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
+        assert_eq!(info["backing-filename"].as_str(), base, "{info}");
+    }
+}
+
+#[test]
+fn layers_are_coalesced_one_after_the_other() {
+    let guest = three_deep("qcow2");
+    let mut fio = guest.fio("xvda", 6, 50);
+    for layer in ["two", "one"] {
+        let path = guest.path(layer);
+        guest.ok(&["coalesce", "--live", XVDA, text(&path)]);
+        std::fs::remove_file(path).expect("nobody needs it");
+    }
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+}
