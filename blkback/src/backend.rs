@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use blktap::filters::ThrottleDisk;
+use blktap::filters::throttle::{self, Group, Groups};
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
@@ -48,6 +50,7 @@ pub struct BlkBackend {
     config: Config,
     run_dir: PathBuf,
     open: Arc<Open>,
+    groups: Arc<Groups>,
 }
 
 impl BlkBackend {
@@ -58,7 +61,7 @@ impl BlkBackend {
         run_dir: PathBuf,
         open: Arc<Open>,
     ) -> BlkBackend {
-        BlkBackend { hypervisor, config, run_dir, open }
+        BlkBackend { hypervisor, config, run_dir, open, groups: Arc::default() }
     }
 }
 
@@ -75,6 +78,7 @@ impl Backend for BlkBackend {
             config: self.config.clone(),
             run_dir: self.run_dir.clone(),
             open: self.open.clone(),
+            groups: self.groups.clone(),
             id: id.clone(),
             serving: None,
             log: LogLimit::default(),
@@ -89,6 +93,7 @@ struct BlkDevice {
     config: Config,
     run_dir: PathBuf,
     open: Arc<Open>,
+    groups: Arc<Groups>,
     id: DeviceId,
     serving: Option<Serving>,
     /// The guest decides how often it connects.
@@ -101,7 +106,7 @@ struct BlkDevice {
 struct Serving {
     queues: Vec<Queue>,
     config: Config,
-    disk: Arc<dyn Disk>,
+    disk: Arc<ThrottleDisk>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
 }
@@ -143,6 +148,17 @@ impl BlkDevice {
             cache: config.cache,
             l2_cache: config.l2_cache_size,
         })
+    }
+
+    /// The limits' group: one of its own, or the one that is named. A disk without limits leaves
+    /// those that its group has.
+    fn group(&self, config: &Config) -> Arc<Group> {
+        let Some(name) = &config.throttle_group else { return Group::new(config.limits) };
+        let group = self.groups.get(name);
+        if config.limits != throttle::Limits::default() {
+            group.set(config.limits);
+        }
+        group
     }
 
     fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
@@ -239,10 +255,14 @@ impl BlkDevice {
             return Err(Fault("the device is not connected".into()));
         };
         let mut config = serving.config.clone();
+        // Another disk of the group may have changed them.
+        config.limits = serving.disk.group().limits();
         config.set(knob, value).map_err(Fault)?;
         if Config::reach(knob) == Some(Reach::Connect) {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
+        config.agrees().map_err(Fault)?;
+        serving.disk.group().set(config.limits);
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;
         Ok(json!({"knob": knob, "value": value}))
@@ -279,6 +299,7 @@ impl Device for BlkDevice {
         self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
         let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
+        let disk = ThrottleDisk::new(disk, self.group(&config));
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
 use blktap::storage::Cache;
 
@@ -57,6 +58,10 @@ pub struct Config {
     pub cpus: Vec<u32>,
     /// Memory node on whose processors the queues' threads run, unless `cpus` names some.
     pub node: Option<u32>,
+    /// Limits of requests and bytes a second.
+    pub limits: Limits,
+    /// Disks of the process that name the same group share its limits.
+    pub throttle_group: Option<String>,
 }
 
 impl Default for Config {
@@ -75,6 +80,8 @@ impl Default for Config {
             ordering: Ordering::Both,
             cpus: Vec::new(),
             node: None,
+            limits: Limits::default(),
+            throttle_group: None,
         }
     }
 }
@@ -111,6 +118,7 @@ impl Config {
 
     /// Whether the knobs agree with each other: what is wrong, and what to do.
     pub fn agrees(&self) -> Result<(), String> {
+        self.limits.agree()?;
         match (self.grants, self.cache) {
             (GrantMode::Map, Cache::None) => Err("grants=map: not with cache=none (O_DIRECT); \
                  set cache=writeback, or grants=persistent or copy"
@@ -167,6 +175,18 @@ fn list(value: &str) -> Option<Vec<u32>> {
         "none" => Some(Vec::new()),
         _ => value.split('+').map(|cpu| number(cpu, 0, 4095)).collect(),
     }
+}
+
+/// A knob of the throttle.
+const fn throttle(
+    name: &'static str,
+    unit: &'static str,
+    default: &'static str,
+    range: &'static str,
+    help: &'static str,
+    set: fn(&mut Config, &str) -> Option<()>,
+) -> Knob {
+    Knob { name, unit, default, range, help, shows_in: "throttled", reach: Reach::Live, set }
 }
 
 /// Every knob there is.
@@ -319,6 +339,39 @@ pub const KNOBS: &[Knob] = &[
         set: |c, v| match v {
             "none" => put(&mut c.node, Some(None)),
             _ => put(&mut c.node, number(v, 0, 1023).map(Some)),
+        },
+    },
+    throttle("iops_total", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second of all kinds", |c, v| c.limits.set("iops_total", v)),
+    throttle("iops_total_max", "requests/s", "0", "0 (none) to 10^15, at least iops_total", "the same while a burst lasts", |c, v| c.limits.set("iops_total_max", v)),
+    throttle("iops_total_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_total_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_total_max_length", v)),
+    throttle("iops_read", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second that read", |c, v| c.limits.set("iops_read", v)),
+    throttle("iops_read_max", "requests/s", "0", "0 (none) to 10^15, at least iops_read", "the same while a burst lasts", |c, v| c.limits.set("iops_read_max", v)),
+    throttle("iops_read_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_read_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_read_max_length", v)),
+    throttle("iops_write", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second that write, discards included", |c, v| c.limits.set("iops_write", v)),
+    throttle("iops_write_max", "requests/s", "0", "0 (none) to 10^15, at least iops_write", "the same while a burst lasts", |c, v| c.limits.set("iops_write_max", v)),
+    throttle("iops_write_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_write_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_write_max_length", v)),
+    throttle("bps_total", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second read and written together", |c, v| c.limits.set("bps_total", v)),
+    throttle("bps_total_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_total", "the same while a burst lasts", |c, v| c.limits.set("bps_total_max", v)),
+    throttle("bps_total_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_total_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_total_max_length", v)),
+    throttle("bps_read", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second read", |c, v| c.limits.set("bps_read", v)),
+    throttle("bps_read_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_read", "the same while a burst lasts", |c, v| c.limits.set("bps_read_max", v)),
+    throttle("bps_read_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_read_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_read_max_length", v)),
+    throttle("bps_write", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second written", |c, v| c.limits.set("bps_write", v)),
+    throttle("bps_write_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_write", "the same while a burst lasts", |c, v| c.limits.set("bps_write_max", v)),
+    throttle("bps_write_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_write_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_write_max_length", v)),
+    throttle("iops_size", "bytes", "0", "0 (not) to 10^15", "a larger request counts as several of so many bytes", |c, v| c.limits.set("iops_size", v)),
+    Knob {
+        name: "throttle_group",
+        unit: "",
+        default: "none",
+        range: "none, or a name",
+        help: "disks of one backend process (the disks of a guest) that name the same group share its limits; those that the last disk to connect sets are in force",
+        shows_in: "throttled",
+        reach: Reach::Connect,
+        set: |c, v| match v {
+            "" => None,
+            "none" => put(&mut c.throttle_group, Some(None)),
+            name => put(&mut c.throttle_group, Some(Some(name.to_owned()))),
         },
     },
 ];

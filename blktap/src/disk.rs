@@ -233,6 +233,9 @@ pub trait DiskQueue: Send {
     fn unwatch(&mut self) -> io::Result<()> {
         Ok(())
     }
+    /// Whoever uses the queue waits for its last requests and then drops it: nothing is held
+    /// back any more that could go (a throttled request, say).
+    fn hurry(&mut self) {}
     /// Requests taken and not yet polled as done.
     fn in_flight(&self) -> u32;
     /// The counters of the engine below, where there is one.

@@ -561,6 +561,7 @@ impl<A: Abi> Worker<A> {
 
     /// Waits for all that is in flight and answers it.
     fn drain(&mut self) -> Result<(), Fault> {
+        self.disk.hurry();
         while self.disk.in_flight() > 0 {
             self.disk.wait(&[], None)?;
             self.reap()?;
