@@ -1,6 +1,7 @@
 //! The command line.
 
 pub mod disk;
+pub mod tap;
 
 use std::path::PathBuf;
 
@@ -79,9 +80,15 @@ pub enum Command {
         /// Its new value.
         value: String,
     },
+    /// Log which blocks of a disk change, for backups.
+    #[command(subcommand)]
+    ChangedLog(ChangedLog),
     /// Change the disc of a CD-ROM drive.
     #[command(subcommand)]
     Cd(Cd),
+    /// blktap's command line (also by the name tap-ctl): processes that serve images by NBD.
+    #[command(subcommand)]
+    TapCtl(tap::Tap),
     /// Show the counters of devices, live.
     Stats(Stats),
     /// List the devices that are served on this host.
@@ -224,6 +231,33 @@ pub struct ExportNbd {
     /// pre-shared keys: rustls has none.)
     #[arg(long, value_name = "DIR")]
     pub tls_creds: Option<PathBuf>,
+    /// What lies before the images.
+    #[command(flatten)]
+    pub filters: Filters,
+    /// Take commands at this Unix socket: `ringback set SOCKET KNOB VALUE` changes limits,
+    /// `ringback changed-log start SOCKET PATH` begins a log.
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Default)]
+#[command(next_help_heading = "Filters")]
+pub struct Filters {
+    /// Limit requests and bytes a second, for each image: iops_total, bps_read, and so on, as
+    /// `ringback knobs` has them; may be repeated.
+    #[arg(long, value_name = "LIMIT=N[,LIMIT=N]")]
+    pub throttle: Vec<String>,
+    /// The limits hold for all images together, which share them fairly.
+    #[arg(long)]
+    pub throttle_group: bool,
+    /// Log in this file which blocks change. The log is gone on with, or begun; clients see it as
+    /// qemu:dirty-bitmap:NAME, NAME being the file's without its ending. With --read-only a log
+    /// is only shown.
+    #[arg(long, value_name = "PATH")]
+    pub changed_log: Option<PathBuf>,
+    /// What a bit of a log that begins stands for: 512 to 2G, a power of two.
+    #[arg(long, value_name = "BYTES", default_value = "64K")]
+    pub changed_log_granularity: String,
 }
 
 #[derive(Subcommand)]
@@ -456,6 +490,39 @@ pub enum Detach {
 pub struct Live {
     /// DOMID/VDEV, or a control socket.
     pub device: String,
+}
+
+#[derive(Subcommand)]
+pub enum ChangedLog {
+    /// Begin a log; one that is in use ends at that moment, and its file can be read.
+    ///
+    /// The device must have been connected with the knob changed_block_log (ready, or a path).
+    Start {
+        /// DOMID/VDEV, or a control socket.
+        device: String,
+        /// The log's file, which is new.
+        path: PathBuf,
+    },
+    /// End the log.
+    Stop {
+        /// DOMID/VDEV, or a control socket.
+        device: String,
+    },
+    /// Have an export show a log no more that has ended.
+    Forget {
+        /// The export's control socket.
+        device: String,
+        /// The log's name: its file's without the ending.
+        name: String,
+    },
+    /// Show what a log that nobody uses has: first byte and length of each changed stretch.
+    Show {
+        /// The log's file.
+        path: PathBuf,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Subcommand)]

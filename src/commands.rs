@@ -3,6 +3,8 @@
 mod attach;
 mod backend;
 mod bench;
+mod changed_log;
+mod control;
 mod daemon;
 mod disk;
 mod doctor;
@@ -13,6 +15,7 @@ mod knobs;
 mod live;
 mod run;
 mod stats;
+mod tap;
 
 use std::process::ExitCode;
 
@@ -76,7 +79,9 @@ pub fn run(cli: Cli) -> Result {
         }
         Command::Resize(device) => live::resize(&context, &device.device),
         Command::Set { device, knob, value } => live::set(&context, &device, &knob, &value),
+        Command::ChangedLog(command) => changed_log::run(&context, &command),
         Command::Cd(cd) => attach::cd(&context, &cd),
+        Command::TapCtl(tap) => tap::run(&context, &tap),
         Command::Stats(options) => stats::stats(&context, &options),
         Command::List(options) => stats::list(&context, &options),
         Command::Doctor(options) => doctor::run(&context, &options),

@@ -8,12 +8,13 @@ mod platform;
 mod signals;
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::parse_from(arguments());
     log_to_stderr(cli.verbose);
     match commands::run(cli) {
         Ok(code) => code,
@@ -22,6 +23,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command line; called by the name tap-ctl, the program is that.
+fn arguments() -> Vec<std::ffi::OsString> {
+    let mut all: Vec<_> = std::env::args_os().collect();
+    let name = all.first().and_then(|name| Path::new(name).file_name());
+    if name.is_some_and(|name| name == "tap-ctl") {
+        all.insert(1, "tap-ctl".into());
+    }
+    all
 }
 
 fn log_to_stderr(verbose: u8) {

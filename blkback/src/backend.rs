@@ -1,12 +1,12 @@
 //! A block device as the xenbus server sees it: negotiates, opens the disk, runs the queues.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use blktap::filters::ThrottleDisk;
 use blktap::filters::throttle::{self, Group, Groups};
+use blktap::filters::{ChangedDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
@@ -18,7 +18,7 @@ use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
 use serde_json::{Value, json};
 
-use crate::config::{Config, GrantMode, Ordering, Reach};
+use crate::config::{ChangedLog, Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
@@ -107,6 +107,7 @@ struct Serving {
     queues: Vec<Queue>,
     config: Config,
     disk: Arc<ThrottleDisk>,
+    changed: Option<Arc<ChangedDisk>>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
 }
@@ -159,6 +160,44 @@ impl BlkDevice {
             group.set(config.limits);
         }
         group
+    }
+
+    /// The disk with its log of changed blocks, where there is or may be one.
+    fn logged(
+        disk: Arc<dyn Disk>,
+        config: &Config,
+    ) -> Result<(Arc<dyn Disk>, Option<Arc<ChangedDisk>>), Fault> {
+        if config.changed == ChangedLog::None {
+            return Ok((disk, None));
+        }
+        let changed = ChangedDisk::new(disk);
+        if let ChangedLog::In(path) = &config.changed {
+            let begun = changed.log_to(path, &config.log_options(path));
+            begun.map_err(|e| Fault(format!("changed_block_log: {e}")))?;
+        }
+        Ok((Arc::clone(&changed) as Arc<dyn Disk>, Some(changed)))
+    }
+
+    /// Begins a log of changed blocks, or ends it.
+    fn change_log(&self, path: Option<&Path>) -> Result<Value, Fault> {
+        let Some(serving) = &self.serving else {
+            return Err(Fault("the device is not connected".into()));
+        };
+        let Some(changed) = &serving.changed else {
+            let why = "the device connected with changed_block_log=none; set it to ready before";
+            return Err(Fault(why.into()));
+        };
+        let done = match path {
+            Some(path) => changed.start(path, &serving.config.log_options(path)),
+            None => changed.stop(),
+        };
+        done.map_err(|e| Fault(e.to_string()))?;
+        // What has ended is read from its file.
+        let now = changed.names();
+        for name in now.iter().skip(usize::from(path.is_some())) {
+            changed.remove(name).map_err(|e| Fault(e.to_string()))?;
+        }
+        Ok(json!({"ended": now.get(usize::from(path.is_some()))}))
     }
 
     fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
@@ -299,12 +338,19 @@ impl Device for BlkDevice {
         self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
         let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
+        let (disk, changed) = Self::logged(disk, &config)?;
         let disk = ThrottleDisk::new(disk, self.group(&config));
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
-        let mut serving =
-            Serving { queues: Vec::new(), config: config.clone(), disk, geometry, _stats: None };
+        let mut serving = Serving {
+            queues: Vec::new(),
+            config: config.clone(),
+            disk,
+            changed,
+            geometry,
+            _stats: None,
+        };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
         if self.log.permits(&self.id) {
             tracing::info!(
@@ -348,6 +394,8 @@ impl Device for BlkDevice {
         control::answer(line, |command| match command {
             Command::Resize {} => self.resize(nodes).map(|size| json!({"size": size})),
             Command::Set { knob, value } => self.set(&knob, &value),
+            Command::ChangedLogStart { path } => self.change_log(Some(&path)),
+            Command::ChangedLogStop {} => self.change_log(None),
         })
     }
 }

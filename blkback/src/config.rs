@@ -1,7 +1,9 @@
 //! The knobs of a block backend: one table, from which parsing, `--help` and docs/tuning.md come.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blktap::filters::changed::LogOptions;
 use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
 use blktap::storage::Cache;
@@ -62,6 +64,21 @@ pub struct Config {
     pub limits: Limits,
     /// Disks of the process that name the same group share its limits.
     pub throttle_group: Option<String>,
+    /// Which blocks change, for backups.
+    pub changed: ChangedLog,
+    /// Bytes that a bit of that log stands for, as text.
+    pub changed_granularity: String,
+}
+
+/// Whether changed blocks are logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChangedLog {
+    /// Never.
+    None,
+    /// As soon as a control command starts a log.
+    Ready,
+    /// From the beginning, in this file.
+    In(PathBuf),
 }
 
 impl Default for Config {
@@ -82,6 +99,8 @@ impl Default for Config {
             node: None,
             limits: Limits::default(),
             throttle_group: None,
+            changed: ChangedLog::None,
+            changed_granularity: "64K".to_owned(),
         }
     }
 }
@@ -125,6 +144,12 @@ impl Config {
                 .to_owned()),
             _ => Ok(()),
         }
+    }
+
+    /// How a log of changed blocks is made in `path`.
+    pub fn log_options(&self, path: &Path) -> LogOptions {
+        let options = LogOptions::of(path);
+        options.clone().granularity(&self.changed_granularity).unwrap_or(options)
     }
 
     /// How long a persistent grant may be unused.
@@ -341,25 +366,158 @@ pub const KNOBS: &[Knob] = &[
             _ => put(&mut c.node, number(v, 0, 1023).map(Some)),
         },
     },
-    throttle("iops_total", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second of all kinds", |c, v| c.limits.set("iops_total", v)),
-    throttle("iops_total_max", "requests/s", "0", "0 (none) to 10^15, at least iops_total", "the same while a burst lasts", |c, v| c.limits.set("iops_total_max", v)),
-    throttle("iops_total_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_total_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_total_max_length", v)),
-    throttle("iops_read", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second that read", |c, v| c.limits.set("iops_read", v)),
-    throttle("iops_read_max", "requests/s", "0", "0 (none) to 10^15, at least iops_read", "the same while a burst lasts", |c, v| c.limits.set("iops_read_max", v)),
-    throttle("iops_read_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_read_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_read_max_length", v)),
-    throttle("iops_write", "requests/s", "0", "0 (no limit) to 10^15, also with K, M or G", "requests a second that write, discards included", |c, v| c.limits.set("iops_write", v)),
-    throttle("iops_write_max", "requests/s", "0", "0 (none) to 10^15, at least iops_write", "the same while a burst lasts", |c, v| c.limits.set("iops_write_max", v)),
-    throttle("iops_write_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of iops_write_max; one of 1 s may come all at once", |c, v| c.limits.set("iops_write_max_length", v)),
-    throttle("bps_total", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second read and written together", |c, v| c.limits.set("bps_total", v)),
-    throttle("bps_total_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_total", "the same while a burst lasts", |c, v| c.limits.set("bps_total_max", v)),
-    throttle("bps_total_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_total_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_total_max_length", v)),
-    throttle("bps_read", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second read", |c, v| c.limits.set("bps_read", v)),
-    throttle("bps_read_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_read", "the same while a burst lasts", |c, v| c.limits.set("bps_read_max", v)),
-    throttle("bps_read_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_read_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_read_max_length", v)),
-    throttle("bps_write", "bytes/s", "0", "0 (no limit) to 10^15, also with K, M or G", "bytes a second written", |c, v| c.limits.set("bps_write", v)),
-    throttle("bps_write_max", "bytes/s", "0", "0 (none) to 10^15, at least bps_write", "the same while a burst lasts", |c, v| c.limits.set("bps_write_max", v)),
-    throttle("bps_write_max_length", "seconds", "1", "1 to 86400", "how long a burst lasts at the rate of bps_write_max; one of 1 s may come all at once", |c, v| c.limits.set("bps_write_max_length", v)),
-    throttle("iops_size", "bytes", "0", "0 (not) to 10^15", "a larger request counts as several of so many bytes", |c, v| c.limits.set("iops_size", v)),
+    throttle(
+        "iops_total",
+        "requests/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "requests a second of all kinds",
+        |c, v| c.limits.set("iops_total", v),
+    ),
+    throttle(
+        "iops_total_max",
+        "requests/s",
+        "0",
+        "0 (none) to 10^15, at least iops_total",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("iops_total_max", v),
+    ),
+    throttle(
+        "iops_total_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of iops_total_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("iops_total_max_length", v),
+    ),
+    throttle(
+        "iops_read",
+        "requests/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "requests a second that read",
+        |c, v| c.limits.set("iops_read", v),
+    ),
+    throttle(
+        "iops_read_max",
+        "requests/s",
+        "0",
+        "0 (none) to 10^15, at least iops_read",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("iops_read_max", v),
+    ),
+    throttle(
+        "iops_read_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of iops_read_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("iops_read_max_length", v),
+    ),
+    throttle(
+        "iops_write",
+        "requests/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "requests a second that write, discards included",
+        |c, v| c.limits.set("iops_write", v),
+    ),
+    throttle(
+        "iops_write_max",
+        "requests/s",
+        "0",
+        "0 (none) to 10^15, at least iops_write",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("iops_write_max", v),
+    ),
+    throttle(
+        "iops_write_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of iops_write_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("iops_write_max_length", v),
+    ),
+    throttle(
+        "bps_total",
+        "bytes/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "bytes a second read and written together",
+        |c, v| c.limits.set("bps_total", v),
+    ),
+    throttle(
+        "bps_total_max",
+        "bytes/s",
+        "0",
+        "0 (none) to 10^15, at least bps_total",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("bps_total_max", v),
+    ),
+    throttle(
+        "bps_total_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of bps_total_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("bps_total_max_length", v),
+    ),
+    throttle(
+        "bps_read",
+        "bytes/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "bytes a second read",
+        |c, v| c.limits.set("bps_read", v),
+    ),
+    throttle(
+        "bps_read_max",
+        "bytes/s",
+        "0",
+        "0 (none) to 10^15, at least bps_read",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("bps_read_max", v),
+    ),
+    throttle(
+        "bps_read_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of bps_read_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("bps_read_max_length", v),
+    ),
+    throttle(
+        "bps_write",
+        "bytes/s",
+        "0",
+        "0 (no limit) to 10^15, also with K, M or G",
+        "bytes a second written",
+        |c, v| c.limits.set("bps_write", v),
+    ),
+    throttle(
+        "bps_write_max",
+        "bytes/s",
+        "0",
+        "0 (none) to 10^15, at least bps_write",
+        "the same while a burst lasts",
+        |c, v| c.limits.set("bps_write_max", v),
+    ),
+    throttle(
+        "bps_write_max_length",
+        "seconds",
+        "1",
+        "1 to 86400",
+        "how long a burst lasts at the rate of bps_write_max; one of 1 s may come all at once",
+        |c, v| c.limits.set("bps_write_max_length", v),
+    ),
+    throttle(
+        "iops_size",
+        "bytes",
+        "0",
+        "0 (not) to 10^15",
+        "a larger request counts as several of so many bytes",
+        |c, v| c.limits.set("iops_size", v),
+    ),
     Knob {
         name: "throttle_group",
         unit: "",
@@ -372,6 +530,37 @@ pub const KNOBS: &[Knob] = &[
             "" => None,
             "none" => put(&mut c.throttle_group, Some(None)),
             name => put(&mut c.throttle_group, Some(Some(name.to_owned()))),
+        },
+    },
+    Knob {
+        name: "changed_block_log",
+        unit: "",
+        default: "none",
+        range: "none, ready, or an absolute path",
+        help: "a file that logs which blocks change, for backups: it is gone on with, or begun; ready: `ringback changed-log start` may begin one later",
+        shows_in: "latency_write",
+        reach: Reach::Connect,
+        set: |c, v| {
+            c.changed = match v {
+                "none" => ChangedLog::None,
+                "ready" => ChangedLog::Ready,
+                path if path.starts_with('/') => ChangedLog::In(path.into()),
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Knob {
+        name: "changed_block_granularity",
+        unit: "bytes",
+        default: "64K",
+        range: "512 to 2G, a power of two",
+        help: "what a bit of a log that begins stands for",
+        shows_in: "latency_write",
+        reach: Reach::Live,
+        set: |c, v| {
+            LogOptions::of(Path::new("x")).granularity(v)?;
+            put(&mut c.changed_granularity, Some(v.to_owned()))
         },
     },
 ];
@@ -387,43 +576,5 @@ pub fn markdown() -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_knob_takes_its_default() {
-        for knob in KNOBS.iter().filter(|k| k.default != "CPUs") {
-            let mut config = Config::default();
-            config.set(knob.name, knob.default).unwrap();
-            assert_eq!(config, Config::default(), "{}", knob.name);
-        }
-    }
-
-    #[test]
-    fn lists_and_refusals() {
-        let mut config = Config::default();
-        config.set_all("cache=writeback,poll_us=0,cpus=0+1").unwrap();
-        assert_eq!((config.cache, config.poll_us), (Cache::Writeback, 0));
-        assert_eq!(config.cpus, [0, 1]);
-        let refusal = config.set("poll_us", "-1").unwrap_err();
-        assert_eq!(refusal, "poll_us: -1 is not one of its values (0 to 10000)");
-        assert!(config.set("max_indirect_segments", "5").is_err());
-        assert!(config.set_all("speed").unwrap_err().contains("name=value"));
-        assert!(config.set("speed", "9").unwrap_err().contains("poll_us"));
-        assert!(config.set("node", "one").is_err());
-        for (text, size) in [("4096", 4096), ("64k", 65536), ("2M", 2 << 20), ("1G", 1 << 30)] {
-            config.set("l2_cache_size", text).unwrap();
-            assert_eq!(config.l2_cache_size, L2Cache::Bytes(size));
-        }
-        config.set("l2_cache_size", "all").unwrap();
-        assert_eq!(config.l2_cache_size, L2Cache::All);
-        for bad in ["", "M", "4095", "2000G", "-1", "17179869184G", "\u{e4}"] {
-            assert!(config.set("l2_cache_size", bad).is_err(), "{bad}");
-        }
-        config.set_all("node=1,grants=map,cache=none").unwrap();
-        assert_eq!(config.node, Some(1));
-        assert!(config.agrees().unwrap_err().starts_with("grants=map: not with cache=none"));
-        config.set_all("cache=writeback,node=none").unwrap();
-        assert_eq!((config.agrees(), config.node), (Ok(()), None));
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -1,5 +1,7 @@
 //! The requests of a block device's control socket: JSON objects with a `command`.
 
+use std::path::PathBuf;
+
 use hypervisor::xenbus::Fault;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -17,6 +19,13 @@ pub(crate) enum Command {
         /// Its new value.
         value: String,
     },
+    /// Begin a log of changed blocks; one that is in use ends at that moment.
+    ChangedLogStart {
+        /// Its file, which is new.
+        path: PathBuf,
+    },
+    /// End the log of changed blocks.
+    ChangedLogStop {},
 }
 
 /// One line for one line: an object, `{"size": BYTES}` for a resize, or `{"error": TEXT}`.

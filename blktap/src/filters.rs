@@ -4,14 +4,17 @@
 //! | filter | what it does |
 //! |---|---|
 //! | [`changed`] | logs which blocks change, for backups |
+//! | [`counted`] | counts requests, bytes and failures |
 //! | [`throttle`] | holds requests back so that rates stay below limits, alone or in groups |
 
 mod around;
 pub mod changed;
+pub mod counted;
 mod held;
 pub mod throttle;
 
 pub use changed::ChangedDisk;
+pub use counted::CountedDisk;
 pub use throttle::ThrottleDisk;
 
 /// The methods of `Disk` that a filter passes on to its field `below`, but for `queue`.
@@ -53,3 +56,15 @@ macro_rules! forward_to_below {
     };
 }
 use forward_to_below;
+
+/// A number, perhaps with K, M or G (of 1024), as knobs of filters have it.
+pub fn amount(value: &str) -> Option<u64> {
+    let (digits, unit) = match value.char_indices().last()? {
+        (at, 'k' | 'K') => (&value[..at], 1 << 10),
+        (at, 'm' | 'M') => (&value[..at], 1 << 20),
+        (at, 'g' | 'G') => (&value[..at], 1 << 30),
+        _ => (value, 1),
+    };
+    let number: u64 = digits.parse().ok()?;
+    number.checked_mul(unit)
+}

@@ -13,8 +13,8 @@ use blktap::storage::record::{Effort, Journal, Recording, SparseBytes};
 use blktap::{Disk, ImageDisk, Op};
 use support::{Memory, request};
 
-const SIZE: u64 = 32 << 20;
-const BLOCK: u64 = 4096;
+const SIZE: u64 = 2 << 20;
+const BLOCK: u64 = 512;
 
 /// A disk in file 0, its log in file 1, and what happens to both.
 fn recorded(seed: u64) -> (Recording, usize) {
@@ -25,17 +25,18 @@ fn recorded(seed: u64) -> (Recording, usize) {
     let raw = RawFormat::new(Arc::clone(&files[0])).expect("a disk");
     let below = ImageDisk::new(vec![Arc::new(raw)], 512, Blocking::Inline).expect("a disk");
     let disk = ChangedDisk::new(below);
-    let options = LogOptions { name: "a".into(), granularity_bits: 12 };
+    let options = LogOptions { name: "a".into(), granularity_bits: 9 };
     disk.start_in(Arc::clone(&files[1]), &options).expect("a log");
     let begun = journal.len();
     let mut queues = [disk.queue(8).expect("a queue"), disk.queue(8).expect("a queue")];
     let mut memory = Memory::of(&[7; 8192], 0);
     let (mut state, mut done) = (seed, Vec::new());
     let mut random = |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) % below
     };
-    for step in 0..60 {
+    for step in 0..40 {
         let queue = &mut queues[(step % 2) as usize];
         for token in 0..1 + random(6) {
             let (at, len) = (random((SIZE - 8192) / 512) * 512, 512 * (1 + random(16)));
@@ -85,7 +86,7 @@ fn lost(recording: &Recording, begun: usize, seed: u64) -> (u64, u64) {
     let mut cuts = recording.cuts();
     loop {
         if cuts.position() >= begun {
-            for choice in cuts.choices(Effort { all: 64, sample: 4 }, seed) {
+            for choice in cuts.choices(Effort { all: 16, sample: 3 }, seed) {
                 looked += 1;
                 let bad = missing(&cuts.state(&choice)).map(|m| !m.is_empty());
                 lost += u64::from(bad.unwrap_or(true));

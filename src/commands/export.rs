@@ -1,7 +1,10 @@
 //! `ringback export`: images for those who have no Xen.
 
+pub mod filters;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -12,8 +15,10 @@ use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
 
 use super::Result;
+use super::control::Control;
 use crate::cli::{CacheMode, ExportNbd};
 use crate::signals;
+use filters::{Later, Stack};
 
 impl From<CacheMode> for Cache {
     fn from(mode: CacheMode) -> Cache {
@@ -26,14 +31,16 @@ impl From<CacheMode> for Cache {
 }
 
 /// The images under their names.
-fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
+fn exports(options: &ExportNbd, stack: &mut Stack) -> Result<Vec<Export>> {
     let mut all = Vec::new();
     if let Some(size) = options.null_disk {
-        all.push(Export::new(&options.name, NullDisk::new(size) as Arc<dyn Disk>));
+        let disk = stack.put_on(NullDisk::new(size) as Arc<dyn Disk>)?;
+        all.push(Export::new(&options.name, disk));
     }
+    let mut open = |format: &str, path: &str| stack.put_on(open(format, path, options)?);
     if let Some(image) = &options.image {
         let path = image.to_str().ok_or("the image's path is not UTF-8")?;
-        let mut export = Export::new(&options.name, open(&options.format, path, options)?);
+        let mut export = Export::new(&options.name, open(&options.format, path)?);
         export.description = options.description.clone();
         all.push(export);
     }
@@ -45,7 +52,7 @@ fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
             Some((format, path)) if !format.contains('/') => (format, path),
             _ => ("raw", target),
         };
-        all.push(Export::new(name, open(format, path, options)?));
+        all.push(Export::new(name, open(format, path)?));
     }
     Ok(all)
 }
@@ -75,7 +82,12 @@ pub fn nbd(options: &ExportNbd) -> Result {
     let stop = stop_descriptor(signals::stop()?)?;
     let tls = options.tls_creds.as_deref().map(tls::server).transpose()?;
     let limits = Limits { connections: options.shared.into(), ..Limits::default() };
-    let mut server = Server::new(exports(options)?, tls, limits)?;
+    let count = options.export.len() + usize::from(options.image.is_some());
+    let later = if options.control.is_some() { Later::Changes } else { Later::Stays };
+    let mut stack = Stack::new(&options.filters, options.read_only, later, count)?;
+    let mut server = Server::new(exports(options, &mut stack)?, tls, limits)?;
+    let control = |path: &PathBuf| Control::serve(path, stack.answers());
+    let _control = options.control.as_ref().map(control).transpose()?;
     if let Some(path) = &options.socket {
         server.listen_unix(path)?;
         println!("listening at {}", path.display());

@@ -75,6 +75,14 @@ impl Bells {
     }
 }
 
+/// Whether requests go on between changes of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Flow {
+    #[default]
+    Goes,
+    Paused,
+}
+
 #[derive(Default)]
 struct Logs {
     now: Option<Arc<Log>>,
@@ -89,36 +97,49 @@ struct Shared {
     epoch: AtomicU64,
     logs: Mutex<Logs>,
     bells: Arc<Bells>,
-    /// Held by whoever changes the log.
-    changing: Mutex<()>,
+    /// Held by whoever changes the log, or this.
+    flow: Mutex<Flow>,
 }
 
 impl Shared {
+    /// Has all queues hold everything back; nothing is in flight below afterwards.
+    fn stop(&self) -> Result<(), LogError> {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        let end = Instant::now() + PATIENCE;
+        while self.bells.are_busy() {
+            if Instant::now() >= end {
+                self.go();
+                let source = io::ErrorKind::TimedOut.into();
+                return Err(LogError::Io { name: "the disk".into(), what: "stop", source });
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+
+    /// After `stop`.
+    fn go(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        self.bells.ring();
+    }
+
     /// Lets `make` give the disk another log, while nothing is in flight.
     fn change<T>(
         &self,
         make: impl FnOnce(Option<Arc<Log>>) -> Result<(Option<Arc<Log>>, T), LogError>,
     ) -> Result<T, LogError> {
-        let _one = self.changing.lock();
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        let end = Instant::now() + PATIENCE;
-        let mut quiet = true;
-        while self.bells.are_busy() && quiet {
-            std::thread::sleep(Duration::from_micros(200));
-            quiet = Instant::now() < end;
+        let flow = self.flow.lock();
+        if *flow == Flow::Goes {
+            self.stop()?;
         }
-        let made = if quiet {
-            let now = self.logs.lock().now.clone();
-            make(now).map(|(log, told)| {
-                self.logs.lock().now = log;
-                told
-            })
-        } else {
-            let source = io::ErrorKind::TimedOut.into();
-            Err(LogError::Io { name: "the disk".into(), what: "stop for a moment", source })
-        };
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        self.bells.ring();
+        let now = self.logs.lock().now.clone();
+        let made = make(now).map(|(log, told)| {
+            self.logs.lock().now = log;
+            told
+        });
+        if *flow == Flow::Goes {
+            self.go();
+        }
         made
     }
 }
@@ -133,6 +154,25 @@ impl ChangedDisk {
     /// `below`, without a log so far.
     pub fn new(below: Arc<dyn Disk>) -> Arc<ChangedDisk> {
         Arc::new(ChangedDisk { below, shared: Arc::default() })
+    }
+
+    /// Holds all requests back, once those in flight are done, until [`resume`](Self::resume).
+    pub fn pause(&self) -> Result<(), LogError> {
+        let mut flow = self.shared.flow.lock();
+        if *flow == Flow::Goes {
+            self.shared.stop()?;
+            *flow = Flow::Paused;
+        }
+        Ok(())
+    }
+
+    /// Lets requests go on.
+    pub fn resume(&self) {
+        let mut flow = self.shared.flow.lock();
+        if *flow == Flow::Paused {
+            self.shared.go();
+            *flow = Flow::Goes;
+        }
     }
 
     /// Goes on with the log in `path`, or begins one there if there is no such file.

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::super::amount;
 use super::Bells;
 use super::file::{self, Frozen, Header, Left, LogError, LogFile, PAGE};
 use crate::formats::qcow2::bitmaps::bits::DirtyBits;
@@ -25,6 +26,22 @@ pub struct LogOptions {
     pub name: String,
     /// A bit stands for 2 to the power of this many bytes, 9 to 31; 16 is 64 KiB.
     pub granularity_bits: u8,
+}
+
+impl LogOptions {
+    /// 64 KiB a block, with the name of the file, without its ending, as the name.
+    pub fn of(path: &Path) -> LogOptions {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        LogOptions { name, granularity_bits: 16 }
+    }
+
+    /// With blocks of so many bytes: a power of two from 512 to 2 GiB, also with K, M or G.
+    /// `None`: it is none of these.
+    pub fn granularity(mut self, text: &str) -> Option<LogOptions> {
+        let bytes = amount(text).filter(|b| b.is_power_of_two())?;
+        self.granularity_bits = bytes.trailing_zeros() as u8;
+        (9..=31).contains(&self.granularity_bits).then_some(self)
+    }
 }
 
 #[derive(Default)]

@@ -140,3 +140,22 @@ fn a_log_that_cannot_be_written_fails_the_writes_that_need_it() {
     blocking::write_at(&mut *queue, 1 << 20, &[1; 512]).expect("the next one is tried again");
     assert_eq!(changed(&disk, "a"), [0, 256]);
 }
+
+#[test]
+fn a_paused_disk_holds_everything_and_goes_on() {
+    let disk = ChangedDisk::new(MemDisk::new(SIZE));
+    disk.pause().expect("paused");
+    let writer = {
+        let disk = Arc::clone(&disk);
+        std::thread::spawn(move || {
+            blocking::write_at(&mut *disk.queue(1).expect("a queue"), 0, &[1; 512]).expect("write");
+        })
+    };
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!writer.is_finished());
+    disk.start_in(Arc::new(MemStorage::default()), &options("a")).expect("a log meanwhile");
+    assert!(changed(&disk, "a").is_empty());
+    disk.resume();
+    writer.join().expect("written");
+    assert_eq!(changed(&disk, "a"), [0]);
+}

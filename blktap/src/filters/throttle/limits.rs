@@ -96,16 +96,9 @@ impl Limits {
     }
 }
 
-/// A number, perhaps with K, M or G (of 1024).
+/// A number that a disk could reach.
 fn amount(value: &str) -> Option<u64> {
-    let (digits, unit) = match value.char_indices().last()? {
-        (at, 'k' | 'K') => (&value[..at], 1 << 10),
-        (at, 'm' | 'M') => (&value[..at], 1 << 20),
-        (at, 'g' | 'G') => (&value[..at], 1 << 30),
-        _ => (value, 1),
-    };
-    let number: u64 = digits.parse().ok()?;
-    number.checked_mul(unit).filter(|n| *n <= LARGEST)
+    super::super::amount(value).filter(|n| *n <= LARGEST)
 }
 
 impl fmt::Display for Limits {
