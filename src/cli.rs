@@ -5,6 +5,7 @@ pub mod tap;
 
 use std::path::PathBuf;
 
+use blktap::filters::priority::Priority;
 use blktap::formats::qcow2::L2Cache;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -250,6 +251,10 @@ pub struct Filters {
     /// The limits hold for all images together, which share them fairly.
     #[arg(long)]
     pub throttle_group: bool,
+    /// What the kernel's scheduler is told of reads and writes: none, idle, rt:LEVEL or be:LEVEL,
+    /// the level from 0 (first) to 7; rt needs CAP_SYS_NICE.
+    #[arg(long, value_name = "PRIORITY", default_value = "none")]
+    pub io_priority: Priority,
     /// Log in this file which blocks change. The log is gone on with, or begun; clients see it as
     /// qemu:dirty-bitmap:NAME, NAME being the file's without its ending. With --read-only a log
     /// is only shown.

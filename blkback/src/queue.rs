@@ -145,6 +145,7 @@ impl Queue {
         let shared = Arc::new(Shared::new(config, start.limits.sectors)?);
         let mut disk = start.disk.queue(size as u32)?;
         disk.count_in(start.engine_counters);
+        disk.prioritize(config.io_priority);
         let worker = Worker {
             name: name.clone(),
             ring,

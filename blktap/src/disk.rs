@@ -15,6 +15,7 @@ use std::time::Duration;
 use perf::Handle;
 
 use crate::engine::EngineCounters;
+use crate::filters::priority::Priority;
 pub use mem::{MemDisk, Volatility};
 pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
@@ -236,6 +237,11 @@ pub trait DiskQueue: Send {
     /// Whoever uses the queue waits for its last requests and then drops it: nothing is held
     /// back any more that could go (a throttled request, say).
     fn hurry(&mut self) {}
+    /// Gives requests that are submitted from now on a priority, where files or devices lie
+    /// below.
+    fn prioritize(&mut self, priority: Priority) {
+        let _ = priority;
+    }
     /// Requests taken and not yet polled as done.
     fn in_flight(&self) -> u32;
     /// The counters of the engine below, where there is one.

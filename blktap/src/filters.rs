@@ -5,16 +5,32 @@
 //! |---|---|
 //! | [`changed`] | logs which blocks change, for backups |
 //! | [`counted`] | counts requests, bytes and failures |
+//! | [`delay`] | has requests wait, for tests |
+//! | [`fault`] | has requests fail, for tests |
+//! | [`hold`] | keeps writes in memory until they are released or dropped |
+//! | [`mirror`] | writes to a second disk too |
+//! | [`priority`] | tells the kernel how urgent requests are |
 //! | [`throttle`] | holds requests back so that rates stay below limits, alone or in groups |
 
 mod around;
+mod bells;
 pub mod changed;
 pub mod counted;
+pub mod delay;
+pub mod fault;
 mod held;
+pub mod hold;
+pub mod mirror;
+pub mod priority;
 pub mod throttle;
 
 pub use changed::ChangedDisk;
 pub use counted::CountedDisk;
+pub use delay::DelayDisk;
+pub use fault::FaultyDisk;
+pub use hold::HoldDisk;
+pub use mirror::MirrorDisk;
+pub use priority::PriorityDisk;
 pub use throttle::ThrottleDisk;
 
 /// The methods of `Disk` that a filter passes on to its field `below`, but for `queue`.
@@ -41,6 +57,25 @@ macro_rules! forward_to_below {
             self.below.bitmap(name, range, out)
         }
         forward_to_below!(but geometry, bitmaps);
+    };
+    (but map) => {
+        fn geometry(&self) -> crate::disk::Geometry {
+            self.below.geometry()
+        }
+        fn refresh(&self) -> std::io::Result<crate::disk::Geometry> {
+            self.below.refresh()
+        }
+        fn bitmaps(&self) -> Vec<String> {
+            self.below.bitmaps()
+        }
+        fn bitmap(
+            &self,
+            name: &str,
+            range: std::ops::Range<u64>,
+            out: &mut Vec<(u64, bool)>,
+        ) -> std::io::Result<()> {
+            self.below.bitmap(name, range, out)
+        }
     };
     (but geometry, bitmaps) => {
         fn discarded(&self) -> crate::disk::Discarded {

@@ -6,7 +6,8 @@ mod vbd;
 use std::fs::File;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
@@ -90,6 +91,11 @@ impl Taps {
         self.ask(target.pid, Duration::from_secs(target.timeout.max(1)), &request)
     }
 
+    fn is_dead(&self, pid: u32) -> bool {
+        UnixStream::connect(self.control(pid))
+            .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+    }
+
     /// All rows of all processes. What killed ones left is removed.
     fn list(&self) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
@@ -103,7 +109,8 @@ impl Taps {
         for pid in pids {
             match self.ask(pid, PATIENCE, &json!({"command": "list"})) {
                 Ok(answer) => rows.extend(Vec::<Row>::deserialize(&answer["rows"])?),
-                Err(_) if !Path::new(&format!("/proc/{pid}")).exists() => {
+                // Nobody listens there: it was killed.
+                Err(_) if self.is_dead(pid) => {
                     let left = format!("nbd{pid}.");
                     let left = names.iter().filter(|n| n.starts_with(&left));
                     left.map(|n| self.folder.join(n)).chain([self.control(pid)]).for_each(|path| {

@@ -186,6 +186,7 @@ impl<A: Abi> Worker<A> {
         if let Some(config) = self.shared.changed(&mut self.run.changes) {
             self.pollers.set_max(config.poll_us);
             self.memory.set_limits(&config);
+            self.disk.prioritize(config.io_priority);
         }
     }
 

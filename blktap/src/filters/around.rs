@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use perf::Handle;
 
+use super::priority::Priority;
 use crate::disk::{DiskQueue, Done, Full, Request};
 use crate::engine::{EngineCounters, MAX_WATCHES};
 
@@ -107,6 +108,9 @@ impl<A: Around> DiskQueue for Wrapped<A> {
     fn hurry(&mut self) {
         self.around.hurry();
         self.around.below_mut().hurry();
+    }
+    fn prioritize(&mut self, priority: Priority) {
+        self.around.below_mut().prioritize(priority);
     }
     fn in_flight(&self) -> u32 {
         self.around.held() + self.around.below().in_flight()

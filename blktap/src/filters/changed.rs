@@ -18,16 +18,15 @@ mod queue;
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::around::Wrapped;
+use super::bells::Bells;
 use super::forward_to_below;
 use crate::disk::{Disk, DiskQueue, Geometry};
 use crate::storage::Storage;
@@ -37,43 +36,6 @@ use queue::Changed;
 
 /// How long a change of the log waits for what is in flight.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A queue as the others see it.
-struct Flag {
-    /// Something of it is in flight below, or is about to be.
-    busy: AtomicBool,
-    bell: Arc<OwnedFd>,
-}
-
-/// The queues' bells.
-#[derive(Default)]
-struct Bells(Mutex<Vec<Weak<Flag>>>);
-
-impl Bells {
-    /// Wakes the queues that hold something back.
-    fn ring(&self) {
-        for flag in self.0.lock().iter().filter_map(Weak::upgrade) {
-            // It fails where the count is full, and then the queue wakes anyway.
-            if let Err(e) = rustix::io::write(&flag.bell, &1u64.to_ne_bytes()) {
-                tracing::debug!("waking a queue: {e}");
-            }
-        }
-    }
-
-    fn join(&self) -> io::Result<Arc<Flag>> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let flag = Arc::new(Flag { busy: AtomicBool::new(false), bell: Arc::new(bell) });
-        let mut flags = self.0.lock();
-        flags.retain(|flag| flag.strong_count() > 0);
-        flags.push(Arc::downgrade(&flag));
-        Ok(flag)
-    }
-
-    fn are_busy(&self) -> bool {
-        let busy = |flag: Arc<Flag>| flag.busy.load(Ordering::SeqCst);
-        self.0.lock().iter().filter_map(Weak::upgrade).any(busy)
-    }
-}
 
 /// Whether requests go on between changes of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

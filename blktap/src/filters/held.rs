@@ -14,6 +14,10 @@ pub(super) struct Held {
 }
 
 impl Held {
+    pub(super) fn of(r: &Request<'_>) -> Held {
+        let Request { op, offset, len, token, .. } = *r;
+        Held { op, offset, len, token, bufs: r.bufs.to_vec() }
+    }
     /// As it was given.
     pub(super) fn request(&self) -> Request<'_> {
         Request {

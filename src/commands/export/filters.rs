@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use blktap::Disk;
 use blktap::filters::changed::{Frozen, FrozenDisk, LogOptions};
+use blktap::filters::priority::Priority;
 use blktap::filters::throttle::{Group, Limits};
-use blktap::filters::{ChangedDisk, ThrottleDisk};
+use blktap::filters::{ChangedDisk, PriorityDisk, ThrottleDisk};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -62,12 +63,17 @@ impl Stack {
             set(&mut limits, name, value)?;
         }
         limits.agree()?;
+        options.io_priority.is_allowed()?;
         let options = options.clone();
         Ok(Stack { options, read_only, later, limits, groups: Vec::new(), changed: Vec::new() })
     }
 
     /// Puts the filters on one more image.
     pub fn put_on(&mut self, disk: Arc<dyn Disk>) -> Result<Arc<dyn Disk>> {
+        let disk = match self.options.io_priority {
+            Priority::None => disk,
+            priority => PriorityDisk::new(disk, priority),
+        };
         let disk = self.log(disk)?;
         if self.limits.are_none() && self.later == Later::Stays {
             return Ok(disk);

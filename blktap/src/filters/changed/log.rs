@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use parking_lot::{Condvar, Mutex};
 
 use super::super::amount;
-use super::Bells;
+use super::super::bells::Bells;
 use super::file::{self, Frozen, Header, Left, LogError, LogFile, PAGE};
 use crate::formats::qcow2::bitmaps::bits::DirtyBits;
 use crate::storage::{self, Access, Cache, OpenOptions, Storage};

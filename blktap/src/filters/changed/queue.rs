@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::super::around::Around;
+use super::super::bells::Flag;
 use super::super::held::Line;
-use super::{Flag, Log, Shared};
+use super::{Log, Shared};
 use crate::disk::{DiskQueue, Done, Full, Op, Request};
 
 /// See the module.
@@ -51,8 +52,8 @@ impl Changed {
             shared,
             flag,
             busy: false,
-            // Odd: no log was ever looked at.
-            seen: 1,
+            // No log was ever looked at.
+            seen: u64::MAX,
             log: None,
             line: Line::default(),
             asked: 0,
@@ -185,8 +186,6 @@ impl Around for Changed {
         Some(Arc::clone(&self.flag.bell))
     }
     fn rung(&mut self) {
-        if let Err(e) = rustix::io::read(&self.flag.bell, &mut [0; 8]) {
-            tracing::debug!("a queue's bell: {e}");
-        }
+        self.flag.calm();
     }
 }

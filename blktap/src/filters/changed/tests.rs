@@ -1,3 +1,5 @@
+use std::sync::atomic::AtomicBool;
+
 use super::*;
 use crate::blocking;
 use crate::disk::{MemDisk, Op};
