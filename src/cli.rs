@@ -5,6 +5,8 @@ pub mod tap;
 
 use std::path::PathBuf;
 
+use blktap::filters::delay::Delay;
+use blktap::filters::fault::Faults;
 use blktap::filters::priority::Priority;
 use blktap::formats::qcow2::L2Cache;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -241,6 +243,15 @@ pub struct ExportNbd {
     pub control: Option<PathBuf>,
 }
 
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum MirrorErrors {
+    /// The client gets it.
+    #[default]
+    Report,
+    /// The mirror is given up, and the log says so.
+    Drop,
+}
+
 #[derive(Args, Clone, Default)]
 #[command(next_help_heading = "Filters")]
 pub struct Filters {
@@ -260,6 +271,19 @@ pub struct Filters {
     /// is only shown.
     #[arg(long, value_name = "PATH")]
     pub changed_log: Option<PathBuf>,
+    /// Write to this image too; it is as large, or larger, and has the same content.
+    #[arg(long, value_name = "FORMAT:PATH")]
+    pub mirror: Option<String>,
+    /// What becomes of an error of the mirror.
+    #[arg(long, value_enum, default_value = "report")]
+    pub mirror_errors: MirrorErrors,
+    /// Have requests fail, for tests: OP:ERROR[:nth=N][:every=N][:p=0..1][:seed=N][:at=FIRST-END],
+    /// OP of any, read, write, flush, discard; several joined by +.
+    #[arg(long, value_name = "FAULT", default_value = "", hide_default_value = true)]
+    pub fault: Faults,
+    /// Have each request wait, for tests: US, or LEAST-MOST[:seed=N], in microseconds.
+    #[arg(long, value_name = "US", default_value = "0", hide_default_value = true)]
+    pub delay_us: Delay,
     /// What a bit of a log that begins stands for: 512 to 2G, a power of two.
     #[arg(long, value_name = "BYTES", default_value = "64K")]
     pub changed_log_granularity: String,

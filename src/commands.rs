@@ -19,6 +19,7 @@ mod tap;
 
 use std::process::ExitCode;
 
+use crate::cli::disk::Disk;
 use crate::cli::{Attach, Backend, Cli, Command, Detach, Export};
 use crate::platform::{connect, run_dir};
 use backend::Disks;
@@ -53,17 +54,15 @@ pub fn run(cli: Cli) -> Result {
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
         Command::Bench(bench) => return bench::run(&bench),
-        Command::Disk(disk) => return disk::run(&disk),
+        Command::Disk(disk) if !disk.is_served() => return disk::run(&disk),
         Command::Export(Export::Nbd(options)) => return export::nbd(&options),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_)
-        | Command::Guest { .. }
-        | Command::Bench(_)
-        | Command::Disk(_)
-        | Command::Export(_) => Ok(ExitCode::SUCCESS),
+        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Export(_) => {
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {
@@ -81,6 +80,9 @@ pub fn run(cli: Cli) -> Result {
         Command::Set { device, knob, value } => live::set(&context, &device, &knob, &value),
         Command::ChangedLog(command) => changed_log::run(&context, &command),
         Command::Cd(cd) => attach::cd(&context, &cd),
+        Command::Disk(Disk::Connect(options)) => tap::connect(&context, &options),
+        Command::Disk(Disk::Disconnect(options)) => tap::disconnect(&context, &options),
+        Command::Disk(_) => Ok(ExitCode::SUCCESS),
         Command::TapCtl(tap) => tap::run(&context, &tap),
         Command::Stats(options) => stats::stats(&context, &options),
         Command::List(options) => stats::list(&context, &options),

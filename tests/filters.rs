@@ -239,3 +239,42 @@ fn a_backup_by_the_log_equals_the_disk_also_after_a_kill() {
     assert_eq!(dirty.collect::<Vec<_>>(), wanted.collect::<Vec<_>>());
     server.end();
 }
+
+#[test]
+fn a_mirror_has_what_the_image_has_and_faults_and_delays_strike() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let at = folder.path();
+    let [image, second] = ["image", "second"].map(|name| at.join(name));
+    for path in [&image, &second] {
+        std::fs::File::create(path).expect("a file").set_len(8 << 20).expect("its size");
+    }
+    let uri = format!("nbd+unix:///?socket={}", text(&at.join("sock")));
+    let io = |what: &str| {
+        let output = command("qemu-io", &["-f", "raw", "-c", what, &uri]).output();
+        output.expect("qemu-io: install qemu-utils").status.success()
+    };
+    let mirror = format!("raw:{}", text(&second));
+    let server = Server::start(at, &["--mirror", &mirror, text(&image)]);
+    assert!(io("write -P 7 1M 3M") && io("write -z 2M 64k"));
+    server.end();
+    let bytes = std::fs::read(&image).expect("the image");
+    assert!(bytes[1 << 20] == 7 && bytes[2 << 20] == 0);
+    assert!(bytes == std::fs::read(&second).expect("the mirror"));
+    // A mirror that fails is given up, and the image goes on.
+    let small = at.join("small");
+    std::fs::File::create(&small).expect("a file").set_len(4 << 20).expect("its size");
+    let refusal = command(env!("CARGO_BIN_EXE_ringback"), &["export", "nbd", "-k", "x"])
+        .args(["--mirror", &format!("raw:{}", text(&small)), text(&image)])
+        .output()
+        .expect("ringback");
+    let refusal = String::from_utf8_lossy(&refusal.stderr).into_owned();
+    assert!(refusal.contains("the second disk is smaller"), "{refusal}");
+    let fault = "write:ENOSPC:at=4M-5M+read:EIO:nth=2";
+    let server = Server::start(at, &["--fault", fault, "--delay-us", "60000", text(&image)]);
+    let begin = std::time::Instant::now();
+    assert!(io("write 0 4k"));
+    assert!(begin.elapsed() >= Duration::from_millis(60), "{:?}", begin.elapsed());
+    assert!(!io("write 4M 4k") && io("write 5M 4k"));
+    assert_eq!([io("read 0 4k"), io("read 0 4k"), io("read 0 4k")], [true, false, true]);
+    server.end();
+}

@@ -204,3 +204,26 @@ fn a_killed_tapdisk_is_cleared_away() {
     assert!(!Path::new(&socket).exists(), "its socket is left");
     assert!(taps.refusal(&["stats", "-p", "1", "-m", "0"]).contains("tapdisk 1: nobody serves it"));
 }
+
+#[test]
+fn an_image_becomes_a_device_or_the_reason_is_told_and_nothing_is_left() {
+    let taps = Taps::new();
+    let image = taps.image("disk.raw", 1 << 20);
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringback"));
+        let output = command.args(args).env("RINGBACK_RUN", taps.path("run")).output();
+        output.expect("ringback")
+    };
+    let made = run(&["disk", "connect", "--cached", text(&image)]);
+    if made.status.success() {
+        let device = String::from_utf8(made.stdout).expect("UTF-8").trim().to_owned();
+        let ended = run(&["disk", "disconnect", &device]);
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    } else {
+        let why = String::from_utf8_lossy(&made.stderr).into_owned();
+        assert!(why.contains("this kernel has no nbd driver: modprobe nbd"), "{why}");
+    }
+    within("nothing is left", Duration::from_secs(5), || taps.run(&["list"]).is_empty());
+    let refused = run(&["disk", "connect", "--device", "/dev/sda", text(&image)]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("name it as /dev/nbdN"));
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blktap::filters::throttle::{self, Group, Groups};
-use blktap::filters::{ChangedDisk, ThrottleDisk};
+use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
@@ -160,6 +160,18 @@ impl BlkDevice {
             group.set(config.limits);
         }
         group
+    }
+
+    /// The disk with the faults and delays that it is to have.
+    fn tested(disk: Arc<dyn Disk>, config: &Config) -> Arc<dyn Disk> {
+        let disk = match config.faults.0.is_empty() {
+            true => disk,
+            false => FaultyDisk::new(disk, config.faults.clone()),
+        };
+        match config.delay.most_us {
+            0 => disk,
+            _ => DelayDisk::new(disk, config.delay),
+        }
     }
 
     /// The disk with its log of changed blocks, where there is or may be one.
@@ -339,7 +351,7 @@ impl Device for BlkDevice {
         let config = self.config_of(nodes)?;
         let disk = (self.open)(&Self::wanted(nodes, &config)?)?;
         let (disk, changed) = Self::logged(disk, &config)?;
-        let disk = ThrottleDisk::new(disk, self.group(&config));
+        let disk = ThrottleDisk::new(Self::tested(disk, &config), self.group(&config));
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blktap::filters::changed::LogOptions;
+use blktap::filters::delay::Delay;
+use blktap::filters::fault::Faults;
 use blktap::filters::priority::Priority;
 use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
@@ -70,6 +72,10 @@ pub struct Config {
     pub io_priority: Priority,
     /// Disks of the process that name the same group share its limits.
     pub throttle_group: Option<String>,
+    /// Requests that fail on purpose.
+    pub faults: Faults,
+    /// How long requests wait on purpose.
+    pub delay: Delay,
     /// Which blocks change, for backups.
     pub changed: ChangedLog,
     /// Bytes that a bit of that log stands for, as text.
@@ -106,6 +112,8 @@ impl Default for Config {
             limits: Limits::default(),
             io_priority: Priority::None,
             throttle_group: None,
+            faults: Faults::default(),
+            delay: Delay::default(),
             changed: ChangedLog::None,
             changed_granularity: "64K".to_owned(),
         }

@@ -17,7 +17,7 @@ use perf::Handle;
 use crate::engine::EngineCounters;
 use crate::filters::priority::Priority;
 pub use mem::{MemDisk, Volatility};
-pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
+pub use nbd::{Encryption, Handover, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
 pub(crate) use null::wait_for;
 pub use raw::{RawDisk, RawQueue};

@@ -58,6 +58,8 @@ pub fn run(disk: &Disk) -> Result {
         Disk::Snapshot(what) => snapshot::run(what),
         Disk::Commit(options) => commit::run(options),
         Disk::Bitmap(what) => bitmap::run(what),
+        // These need a run folder.
+        Disk::Connect(_) | Disk::Disconnect(_) => Ok(ExitCode::SUCCESS),
     };
     match result {
         Err(e) if e.is::<Usage>() => {

@@ -31,7 +31,7 @@ impl From<CacheMode> for Cache {
 }
 
 /// The images under their names.
-fn exports(options: &ExportNbd, stack: &mut Stack) -> Result<Vec<Export>> {
+fn exports(options: &ExportNbd, stack: &mut Stack<'_>) -> Result<Vec<Export>> {
     let mut all = Vec::new();
     if let Some(size) = options.null_disk {
         let disk = stack.put_on(NullDisk::new(size) as Arc<dyn Disk>)?;
@@ -84,7 +84,9 @@ pub fn nbd(options: &ExportNbd) -> Result {
     let limits = Limits { connections: options.shared.into(), ..Limits::default() };
     let count = options.export.len() + usize::from(options.image.is_some());
     let later = if options.control.is_some() { Later::Changes } else { Later::Stays };
-    let mut stack = Stack::new(&options.filters, options.read_only, later, count)?;
+    let open = |format: &str, path: &str| open(format, path, options);
+    let about = (options.read_only, later, count);
+    let mut stack = Stack::new(&options.filters, &open, about)?;
     let mut server = Server::new(exports(options, &mut stack)?, tls, limits)?;
     let control = |path: &PathBuf| Control::serve(path, stack.answers());
     let _control = options.control.as_ref().map(control).transpose()?;

@@ -1,5 +1,7 @@
 //! `ringback tap-ctl`: tapdisks, processes with a control socket each.
 
+mod connect;
+mod device;
 mod process;
 mod vbd;
 
@@ -18,6 +20,7 @@ use serde_json::{Value, json};
 use super::control::ask;
 use super::{Context, Result};
 use crate::cli::tap::{Image, Tap, Target};
+pub use connect::{connect, disconnect};
 
 /// How long a process may take where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -200,21 +203,17 @@ pub fn run(context: &Context, command: &Tap) -> Result {
             }
         }
         Tap::Create { image, device } => {
-            let target = taps.create(image)?;
-            let socket = taps.nbd(target.pid, target.minor);
-            match device {
-                None => println!("{}", socket.display()),
-                Some(device) => {
-                    let connected = Err::<(), Box<dyn std::error::Error>>(
-                        format!("{} {}", socket.display(), device.display()).into(),
-                    );
-                    if let Err(e) = connected {
-                        taps.to("destroy", &target, &json!({}))?;
-                        return Err(e);
-                    }
-                    println!("{}", device.display());
+            let shown = match device {
+                None => {
+                    let target = taps.create(image)?;
+                    taps.nbd(target.pid, target.minor)
                 }
-            }
+                Some(_) => {
+                    let index = taps.create_device(image, device.as_deref())?;
+                    format!("/dev/nbd{index}").into()
+                }
+            };
+            println!("{}", shown.display());
         }
         Tap::Spawn => match (taps.spawn()?, std::io::stdout().is_terminal()) {
             (pid, true) => println!("tapdisk spawned with pid {pid}"),

@@ -46,7 +46,7 @@ impl Kind {
 }
 
 /// One fault. All its conditions must be met.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Which requests.
     pub kind: Kind,
@@ -58,8 +58,8 @@ pub struct Fault {
     pub nth: Option<u64>,
     /// Only each nth of those.
     pub every: Option<u64>,
-    /// Only with this probability.
-    pub chance: Option<f64>,
+    /// Only with this probability, of a million.
+    pub chance: Option<u32>,
     /// Where the chance begins: the same seed and requests have the same faults.
     pub seed: u64,
 }
@@ -112,8 +112,9 @@ impl Fault {
                 "every" => fault.every = Some(count()?),
                 "seed" => fault.seed = value.parse().ok()?,
                 "p" => {
-                    let chance = value.parse().ok().filter(|p| (0.0..=1.0).contains(p));
-                    fault.chance = Some(chance?);
+                    let chance: Option<f64> = value.parse().ok();
+                    let chance = chance.filter(|p| (0.0..=1.0).contains(p))?;
+                    fault.chance = Some((chance * 1e6).round() as u32);
                 }
                 "at" => {
                     let (first, end) = value.split_once('-')?;
@@ -127,7 +128,7 @@ impl Fault {
 }
 
 /// Faults of a disk.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Faults(pub Vec<Fault>);
 
 impl FromStr for Faults {
@@ -166,7 +167,7 @@ impl Plan {
                 continue;
             }
             *seen += 1;
-            let chance = |p: f64| (scattered(fault.seed, *seen) >> 11) as f64 / 2f64.powi(53) < p;
+            let chance = |p: u32| scattered(fault.seed, *seen) % 1_000_000 < u64::from(p);
             let strikes = fault.nth.is_none_or(|n| *seen == n)
                 && fault.every.is_none_or(|n| seen.is_multiple_of(n))
                 && fault.chance.is_none_or(chance);

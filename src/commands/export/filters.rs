@@ -5,18 +5,26 @@ use std::sync::Arc;
 
 use blktap::Disk;
 use blktap::filters::changed::{Frozen, FrozenDisk, LogOptions};
+use blktap::filters::fault::Faults;
+use blktap::filters::mirror::OnError;
 use blktap::filters::priority::Priority;
 use blktap::filters::throttle::{Group, Limits};
-use blktap::filters::{ChangedDisk, PriorityDisk, ThrottleDisk};
+use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, MirrorDisk, PriorityDisk, ThrottleDisk};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::Result;
 use super::super::control::Answer;
-use crate::cli::Filters;
+use crate::cli::{Filters, MirrorErrors};
 
-/// The filters of a command's images, in one order: limits, then logs, then the image.
-pub struct Stack {
+/// Opens an image by its format and path.
+pub type Open<'a> = dyn Fn(&str, &str) -> Result<Arc<dyn Disk>> + 'a;
+
+/// The filters of a command's images, in one order: limits, delay, faults, logs, the mirror,
+/// priority, the image.
+pub struct Stack<'a> {
+    /// How images are opened, by format and path.
+    open: &'a Open<'a>,
     options: Filters,
     read_only: bool,
     later: Later,
@@ -48,12 +56,16 @@ pub enum Command {
     ChangedLogForget { name: String },
 }
 
-impl Stack {
+impl<'a> Stack<'a> {
     /// For `count` images. What is not asked for is left out, unless it may be `later`, by
     /// commands.
-    pub fn new(options: &Filters, read_only: bool, later: Later, count: usize) -> Result<Stack> {
-        if options.changed_log.is_some() && count > 1 {
-            return Err("--changed-log: a log is of one image".into());
+    pub fn new(
+        options: &Filters,
+        open: &'a Open<'a>,
+        (read_only, later, count): (bool, Later, usize),
+    ) -> Result<Stack<'a>> {
+        if (options.changed_log.is_some() || options.mirror.is_some()) && count > 1 {
+            return Err("--changed-log and --mirror are for one image".into());
         }
         let mut limits = Limits::default();
         for item in options.throttle.iter().flat_map(|list| list.split(',')) {
@@ -65,7 +77,15 @@ impl Stack {
         limits.agree()?;
         options.io_priority.is_allowed()?;
         let options = options.clone();
-        Ok(Stack { options, read_only, later, limits, groups: Vec::new(), changed: Vec::new() })
+        Ok(Stack {
+            open,
+            options,
+            read_only,
+            later,
+            limits,
+            groups: Vec::new(),
+            changed: Vec::new(),
+        })
     }
 
     /// Puts the filters on one more image.
@@ -74,7 +94,16 @@ impl Stack {
             Priority::None => disk,
             priority => PriorityDisk::new(disk, priority),
         };
+        let disk = self.mirror(disk)?;
         let disk = self.log(disk)?;
+        let disk = match self.options.fault == Faults::default() {
+            true => disk,
+            false => FaultyDisk::new(disk, self.options.fault.clone()),
+        };
+        let disk = match self.options.delay_us.most_us {
+            0 => disk,
+            _ => DelayDisk::new(disk, self.options.delay_us),
+        };
         if self.limits.are_none() && self.later == Later::Stays {
             return Ok(disk);
         }
@@ -86,6 +115,21 @@ impl Stack {
             }
         };
         Ok(ThrottleDisk::new(disk, group))
+    }
+
+    fn mirror(&self, disk: Arc<dyn Disk>) -> Result<Arc<dyn Disk>> {
+        let Some(target) = &self.options.mirror else { return Ok(disk) };
+        if self.read_only {
+            return Err("--mirror: nothing is written that is read-only".into());
+        }
+        let (format, path) = target.split_once(':').ok_or("--mirror: write FORMAT:PATH")?;
+        let second = (self.open)(format, path)?;
+        let on_error = match self.options.mirror_errors {
+            MirrorErrors::Report => OnError::Report,
+            MirrorErrors::Drop => OnError::Drop,
+        };
+        let mirror = MirrorDisk::new(disk, second, on_error);
+        Ok(mirror.map_err(|e| format!("--mirror {target}: {e}"))?)
     }
 
     fn log(&mut self, disk: Arc<dyn Disk>) -> Result<Arc<dyn Disk>> {
