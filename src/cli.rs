@@ -2,11 +2,12 @@
 
 pub mod disk;
 mod export;
+pub mod tap;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-pub use export::{CacheMode, Export, ExportNbd, ExportVhostUserBlk};
+pub use export::{CacheMode, Export, ExportNbd, ExportVhostUserBlk, Filters, MirrorErrors};
 
 /// A user-space Xen split-driver I/O stack.
 ///
@@ -80,9 +81,15 @@ pub enum Command {
         /// Its new value.
         value: String,
     },
+    /// Log which blocks of a disk change, for backups.
+    #[command(subcommand)]
+    ChangedLog(ChangedLog),
     /// Change the disc of a CD-ROM drive.
     #[command(subcommand)]
     Cd(Cd),
+    /// blktap's command line (also by the name tap-ctl): processes that serve images by NBD.
+    #[command(subcommand)]
+    TapCtl(tap::Tap),
     /// Show the counters of devices, live.
     Stats(Stats),
     /// List the devices that are served on this host.
@@ -417,6 +424,39 @@ pub enum Detach {
 pub struct Live {
     /// DOMID/VDEV, or a control socket.
     pub device: String,
+}
+
+#[derive(Subcommand)]
+pub enum ChangedLog {
+    /// Begin a log; one that is in use ends at that moment, and its file can be read.
+    ///
+    /// The device must have been connected with the knob changed_block_log (ready, or a path).
+    Start {
+        /// DOMID/VDEV, or a control socket.
+        device: String,
+        /// The log's file, which is new.
+        path: PathBuf,
+    },
+    /// End the log.
+    Stop {
+        /// DOMID/VDEV, or a control socket.
+        device: String,
+    },
+    /// Have an export show a log no more that has ended.
+    Forget {
+        /// The export's control socket.
+        device: String,
+        /// The log's name: its file's without the ending.
+        name: String,
+    },
+    /// Show what a log that nobody uses has: first byte and length of each changed stretch.
+    Show {
+        /// The log's file.
+        path: PathBuf,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Subcommand)]

@@ -3,6 +3,8 @@
 mod attach;
 mod backend;
 mod bench;
+mod changed_log;
+mod control;
 mod daemon;
 mod disk;
 mod doctor;
@@ -13,9 +15,11 @@ mod knobs;
 mod live;
 mod run;
 mod stats;
+mod tap;
 
 use std::process::ExitCode;
 
+use crate::cli::disk::Disk;
 use crate::cli::{Attach, Backend, Cli, Command, Detach, Export};
 use crate::platform::{connect, run_dir};
 use backend::Disks;
@@ -50,18 +54,16 @@ pub fn run(cli: Cli) -> Result {
         Command::Run(options) => return run::run(&options),
         Command::Guest { plan } => return guest::run(&plan),
         Command::Bench(bench) => return bench::run(&bench),
-        Command::Disk(disk) => return disk::run(cli.run_dir, &disk),
+        Command::Disk(disk) if !disk.is_served() => return disk::run(cli.run_dir, &disk),
         Command::Export(Export::Nbd(options)) => return export::nbd(&options),
         Command::Export(Export::VhostUserBlk(options)) => return export::vhost_user_blk(&options),
         command => command,
     };
     let context = Context { run_dir: run_dir(cli.run_dir)?, socket: cli.hypervisor };
     match command {
-        Command::Run(_)
-        | Command::Guest { .. }
-        | Command::Bench(_)
-        | Command::Disk(_)
-        | Command::Export(_) => Ok(ExitCode::SUCCESS),
+        Command::Run(_) | Command::Guest { .. } | Command::Bench(_) | Command::Export(_) => {
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
         Command::Daemon(serve) => daemon::run(&context, &serve),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {
@@ -77,7 +79,12 @@ pub fn run(cli: Cli) -> Result {
         }
         Command::Resize(device) => live::resize(&context, &device.device),
         Command::Set { device, knob, value } => live::set(&context, &device, &knob, &value),
+        Command::ChangedLog(command) => changed_log::run(&context, &command),
         Command::Cd(cd) => attach::cd(&context, &cd),
+        Command::Disk(Disk::Connect(options)) => tap::connect(&context, &options),
+        Command::Disk(Disk::Disconnect(options)) => tap::disconnect(&context, &options),
+        Command::Disk(_) => Ok(ExitCode::SUCCESS),
+        Command::TapCtl(tap) => tap::run(&context, &tap),
         Command::Stats(options) => stats::stats(&context, &options),
         Command::List(options) => stats::list(&context, &options),
         Command::Doctor(options) => doctor::run(&context, &options),

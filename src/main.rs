@@ -26,14 +26,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// Management tools start a vhost-user back-end by a path alone, and add options: under this name
-/// (a link) the program is one.
+/// Under some names (links) the program is another: management tools start a vhost-user back-end by
+/// a path alone, and add options; storage managers call tap-ctl.
 fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut all: Vec<OsString> = given.collect();
     let name = all.first().and_then(|path| Path::new(path).file_name());
-    if name.is_some_and(|name| name == "vhost-user-blk-ringback") {
-        all.splice(1..1, ["export", "vhost-user-blk"].map(OsString::from));
-    }
+    let words: &[&str] = match name.and_then(|name| name.to_str()) {
+        Some("vhost-user-blk-ringback") => &["export", "vhost-user-blk"],
+        Some("tap-ctl") => &["tap-ctl"],
+        _ => &[],
+    };
+    all.splice(1.min(all.len())..1.min(all.len()), words.iter().map(OsString::from));
     all
 }
 

@@ -17,6 +17,7 @@ fn every_counter_that_a_knob_names_exists() {
         blkback::QueueCounters::FIELDS,
         rings::RingCounters::FIELDS,
         rings::persistent::PoolCounters::FIELDS,
+        blktap::engine::EngineCounters::FIELDS,
     ];
     let known = |name: &str| fields.iter().any(|f| f.iter().any(|field| field.name == name));
     for knob in blkback::config::KNOBS {

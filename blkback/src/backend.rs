@@ -1,10 +1,12 @@
 //! A block device as the xenbus server sees it: negotiates, opens the disk, runs the queues.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use blktap::filters::throttle::{self, Group, Groups};
+use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::{self, BackingPolicy, ImageOptions};
 use blktap::live::jobs::{AtTheEnd, Opening};
@@ -18,7 +20,7 @@ use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
 use serde_json::{Value, json};
 
-use crate::config::{Config, GrantMode, Ordering, Reach};
+use crate::config::{ChangedLog, Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
 use crate::live::{self, Jobs, Task};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
@@ -53,6 +55,7 @@ pub struct BlkBackend {
     config: Config,
     run_dir: PathBuf,
     open: Arc<Open>,
+    groups: Arc<Groups>,
 }
 
 impl BlkBackend {
@@ -63,7 +66,7 @@ impl BlkBackend {
         run_dir: PathBuf,
         open: Arc<Open>,
     ) -> BlkBackend {
-        BlkBackend { hypervisor, config, run_dir, open }
+        BlkBackend { hypervisor, config, run_dir, open, groups: Arc::default() }
     }
 }
 
@@ -80,6 +83,7 @@ impl Backend for BlkBackend {
             config: self.config.clone(),
             run_dir: self.run_dir.clone(),
             open: self.open.clone(),
+            groups: self.groups.clone(),
             id: id.clone(),
             serving: None,
             log: LogLimit::default(),
@@ -94,6 +98,7 @@ struct BlkDevice {
     config: Config,
     run_dir: PathBuf,
     open: Arc<Open>,
+    groups: Arc<Groups>,
     id: DeviceId,
     serving: Option<Serving>,
     /// The guest decides how often it connects.
@@ -107,7 +112,8 @@ struct Serving {
     queues: Vec<Queue>,
     config: Config,
     jobs: Jobs,
-    disk: Arc<LiveDisk>,
+    disk: Arc<ThrottleDisk>,
+    changed: Option<Arc<ChangedDisk>>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
 }
@@ -150,6 +156,67 @@ impl BlkDevice {
             l2_cache: config.l2_cache_size,
             how: Opening::Guest,
         })
+    }
+
+    /// The limits' group: one of its own, or the one that is named. A disk without limits leaves
+    /// those that its group has.
+    fn group(&self, config: &Config) -> Arc<Group> {
+        let Some(name) = &config.throttle_group else { return Group::new(config.limits) };
+        let group = self.groups.get(name);
+        if config.limits != throttle::Limits::default() {
+            group.set(config.limits);
+        }
+        group
+    }
+
+    /// The disk with the faults and delays that it is to have.
+    fn tested(disk: Arc<dyn Disk>, config: &Config) -> Arc<dyn Disk> {
+        let disk = match config.faults.0.is_empty() {
+            true => disk,
+            false => FaultyDisk::new(disk, config.faults.clone()),
+        };
+        match config.delay.most_us {
+            0 => disk,
+            _ => DelayDisk::new(disk, config.delay),
+        }
+    }
+
+    /// The disk with its log of changed blocks, where there is or may be one.
+    fn logged(
+        disk: Arc<dyn Disk>,
+        config: &Config,
+    ) -> Result<(Arc<dyn Disk>, Option<Arc<ChangedDisk>>), Fault> {
+        if config.changed == ChangedLog::None {
+            return Ok((disk, None));
+        }
+        let changed = ChangedDisk::new(disk);
+        if let ChangedLog::In(path) = &config.changed {
+            let begun = changed.log_to(path, &config.log_options(path));
+            begun.map_err(|e| Fault(format!("changed_block_log: {e}")))?;
+        }
+        Ok((Arc::clone(&changed) as Arc<dyn Disk>, Some(changed)))
+    }
+
+    /// Begins a log of changed blocks, or ends it.
+    fn change_log(&self, path: Option<&Path>) -> Result<Value, Fault> {
+        let Some(serving) = &self.serving else {
+            return Err(Fault("the device is not connected".into()));
+        };
+        let Some(changed) = &serving.changed else {
+            let why = "the device connected with changed_block_log=none; set it to ready before";
+            return Err(Fault(why.into()));
+        };
+        let done = match path {
+            Some(path) => changed.start(path, &serving.config.log_options(path)),
+            None => changed.stop(),
+        };
+        done.map_err(|e| Fault(e.to_string()))?;
+        // What has ended is read from its file.
+        let now = changed.names();
+        for name in now.iter().skip(usize::from(path.is_some())) {
+            changed.remove(name).map_err(|e| Fault(e.to_string()))?;
+        }
+        Ok(json!({"ended": now.get(usize::from(path.is_some()))}))
     }
 
     fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
@@ -246,10 +313,14 @@ impl BlkDevice {
             return Err(Fault("the device is not connected".into()));
         };
         let mut config = serving.config.clone();
+        // Another disk of the group may have changed them.
+        config.limits = serving.disk.group().limits();
         config.set(knob, value).map_err(Fault)?;
         if Config::reach(knob) == Some(Reach::Connect) {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
+        config.agrees().map_err(Fault)?;
+        serving.disk.group().set(config.limits);
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;
         Ok(json!({"knob": knob, "value": value}))
@@ -286,14 +357,16 @@ impl Device for BlkDevice {
         self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
         let wanted = Self::wanted(nodes, &config)?;
-        let disk = LiveDisk::new((self.open)(&wanted)?);
-        let jobs = Jobs::new(disk.clone(), self.open.clone(), wanted, nodes)?;
+        let live = LiveDisk::new((self.open)(&wanted)?);
+        let jobs = Jobs::new(live.clone(), self.open.clone(), wanted, nodes)?;
+        let (disk, changed) = Self::logged(live, &config)?;
+        let disk = ThrottleDisk::new(Self::tested(disk, &config), self.group(&config));
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
         let (queues, _stats) = (Vec::new(), None);
         let mut serving =
-            Serving { queues, config: config.clone(), jobs, disk, geometry, _stats };
+            Serving { queues, config: config.clone(), jobs, disk, changed, geometry, _stats };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
         if self.log.permits(&self.id) {
             tracing::info!(
@@ -339,10 +412,11 @@ impl Device for BlkDevice {
         control::answer(line, |command| match command {
             Command::Resize {} => self.resize(nodes).map(|size| json!({"size": size})),
             Command::Set { knob, value } => self.set(&knob, &value),
+            Command::ChangedLogStart { path } => self.change_log(Some(&path)),
+            Command::ChangedLogStop {} => self.change_log(None),
             command => {
                 let serving = self.serving.as_mut();
-                let serving =
-                    serving.ok_or_else(|| Fault("the device is not connected".into()))?;
+                let serving = serving.ok_or_else(|| Fault("the device is not connected".into()))?;
                 serving.steer(command)
             }
         })
@@ -371,7 +445,10 @@ impl Serving {
             Command::Job {} => self.jobs.tell(),
             Command::Cancel {} => self.jobs.cancel(),
             Command::Complete {} => self.jobs.complete(),
-            Command::Resize {} | Command::Set { .. } => Err(Fault("not about jobs".into())),
+            Command::Resize {}
+            | Command::Set { .. }
+            | Command::ChangedLogStart { .. }
+            | Command::ChangedLogStop {} => Err(Fault("not about jobs".into())),
         }
     }
 }
@@ -388,9 +465,7 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     let (file, backing) = match wanted.how {
         Opening::Guest => (file, backing.clone()),
         Opening::Below => (file.lock(Lock::Off), backing.clone()),
-        Opening::Alone => {
-            (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore)
-        }
+        Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
     let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
     let disk = match wanted.how {

@@ -1,9 +1,18 @@
 //! The knobs of a block backend: one table, from which parsing, `--help` and docs/tuning.md come.
 
+mod knobs;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blktap::filters::changed::LogOptions;
+use blktap::filters::delay::Delay;
+use blktap::filters::fault::Faults;
+use blktap::filters::priority::Priority;
+use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
 use blktap::storage::Cache;
+pub use knobs::{KNOBS, Knob, Reach};
 
 /// How a payload gets between the guest's pages and the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +66,31 @@ pub struct Config {
     pub cpus: Vec<u32>,
     /// Memory node on whose processors the queues' threads run, unless `cpus` names some.
     pub node: Option<u32>,
+    /// Limits of requests and bytes a second.
+    pub limits: Limits,
+    /// How urgent the disk's reads and writes are to the kernel.
+    pub io_priority: Priority,
+    /// Disks of the process that name the same group share its limits.
+    pub throttle_group: Option<String>,
+    /// Requests that fail on purpose.
+    pub faults: Faults,
+    /// How long requests wait on purpose.
+    pub delay: Delay,
+    /// Which blocks change, for backups.
+    pub changed: ChangedLog,
+    /// Bytes that a bit of that log stands for, as text.
+    pub changed_granularity: String,
+}
+
+/// Whether changed blocks are logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChangedLog {
+    /// Never.
+    None,
+    /// As soon as a control command starts a log.
+    Ready,
+    /// From the beginning, in this file.
+    In(PathBuf),
 }
 
 impl Default for Config {
@@ -75,6 +109,13 @@ impl Default for Config {
             ordering: Ordering::Both,
             cpus: Vec::new(),
             node: None,
+            limits: Limits::default(),
+            io_priority: Priority::None,
+            throttle_group: None,
+            faults: Faults::default(),
+            delay: Delay::default(),
+            changed: ChangedLog::None,
+            changed_granularity: "64K".to_owned(),
         }
     }
 }
@@ -111,6 +152,8 @@ impl Config {
 
     /// Whether the knobs agree with each other: what is wrong, and what to do.
     pub fn agrees(&self) -> Result<(), String> {
+        self.limits.agree()?;
+        self.io_priority.is_allowed()?;
         match (self.grants, self.cache) {
             (GrantMode::Map, Cache::None) => Err("grants=map: not with cache=none (O_DIRECT); \
                  set cache=writeback, or grants=persistent or copy"
@@ -119,209 +162,17 @@ impl Config {
         }
     }
 
+    /// How a log of changed blocks is made in `path`.
+    pub fn log_options(&self, path: &Path) -> LogOptions {
+        let options = LogOptions::of(path);
+        options.clone().granularity(&self.changed_granularity).unwrap_or(options)
+    }
+
     /// How long a persistent grant may be unused.
     pub fn persistent_idle(&self) -> Duration {
         Duration::from_secs(self.persistent_idle_s.into())
     }
 }
-
-/// When a change of a knob takes effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
-    /// When a guest connects.
-    Connect,
-    /// At once (`ringback set`).
-    Live,
-}
-
-/// One knob.
-pub struct Knob {
-    /// Its name, in configuration, attach and `ringback set`.
-    pub name: &'static str,
-    /// Its unit, empty for a choice.
-    pub unit: &'static str,
-    /// Its default in words.
-    pub default: &'static str,
-    /// Its values in words.
-    pub range: &'static str,
-    /// What it does.
-    pub help: &'static str,
-    /// The counter in which a change shows.
-    pub shows_in: &'static str,
-    /// When a change takes effect.
-    pub reach: Reach,
-    set: fn(&mut Config, &str) -> Option<()>,
-}
-
-fn number(value: &str, low: u32, high: u32) -> Option<u32> {
-    value.parse().ok().filter(|n| (low..=high).contains(n))
-}
-
-fn put<T>(knob: &mut T, value: Option<T>) -> Option<()> {
-    *knob = value?;
-    Some(())
-}
-
-fn list(value: &str) -> Option<Vec<u32>> {
-    match value {
-        "none" => Some(Vec::new()),
-        _ => value.split('+').map(|cpu| number(cpu, 0, 4095)).collect(),
-    }
-}
-
-/// Every knob there is.
-pub const KNOBS: &[Knob] = &[
-    Knob {
-        name: "cache",
-        unit: "",
-        default: "none",
-        range: "none, writeback, unsafe",
-        help: "how the host's page cache is used; none is O_DIRECT",
-        shows_in: "latency_read, latency_write",
-        reach: Reach::Connect,
-        set: |c, v| {
-            c.cache = match v {
-                "none" => Cache::None,
-                "writeback" => Cache::Writeback,
-                "unsafe" => Cache::Unsafe,
-                _ => return None,
-            };
-            Some(())
-        },
-    },
-    Knob {
-        name: "l2_cache_size",
-        unit: "bytes",
-        default: "32M",
-        range: "4K to 1024G, or all",
-        help: "memory for the L2 tables of each QCOW2 image of a chain; 1 MiB is enough for 8 GiB of disk in clusters of 64 KiB",
-        shows_in: "latency_read, latency_write",
-        reach: Reach::Connect,
-        set: |c, v| put(&mut c.l2_cache_size, v.parse().ok()),
-    },
-    Knob {
-        name: "grants",
-        unit: "",
-        default: "persistent",
-        range: "persistent, copy, map",
-        help: "payload transport; persistent needs a frontend that offers it, else copy; map (for one request) excludes cache=none",
-        shows_in: "grants_copied, grants_mapped, hits",
-        reach: Reach::Connect,
-        set: |c, v| {
-            c.grants = match v {
-                "persistent" => GrantMode::Persistent,
-                "copy" => GrantMode::Copy,
-                "map" => GrantMode::Map,
-                _ => return None,
-            };
-            Some(())
-        },
-    },
-    Knob {
-        name: "max_persistent_grants",
-        unit: "pages",
-        default: "1056",
-        range: "1 to 65536",
-        help: "pages that each queue keeps mapped",
-        shows_in: "evictions",
-        reach: Reach::Live,
-        set: |c, v| put(&mut c.max_persistent_grants, number(v, 1, 65536)),
-    },
-    Knob {
-        name: "persistent_idle_s",
-        unit: "seconds",
-        default: "60",
-        range: "1 to 86400",
-        help: "after which an unused persistent grant is unmapped",
-        shows_in: "evictions",
-        reach: Reach::Live,
-        set: |c, v| put(&mut c.persistent_idle_s, number(v, 1, 86400)),
-    },
-    Knob {
-        name: "max_ring_page_order",
-        unit: "order of pages",
-        default: "4",
-        range: "0 to 4",
-        help: "largest ring offered: 4 is 16 pages, 512 requests",
-        shows_in: "ring_full",
-        reach: Reach::Connect,
-        set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, 4)),
-    },
-    Knob {
-        name: "max_queues",
-        unit: "queues",
-        default: "CPUs",
-        range: "1 to 64",
-        help: "most queues offered; each has a thread of its own",
-        shows_in: "requests of each queue",
-        reach: Reach::Connect,
-        set: |c, v| put(&mut c.max_queues, number(v, 1, MAX_QUEUES)),
-    },
-    Knob {
-        name: "max_indirect_segments",
-        unit: "segments of 4 KiB",
-        default: "256",
-        range: "0 (not offered), 12 to 4096",
-        help: "largest request: 256 is 1 MiB",
-        shows_in: "indirect",
-        reach: Reach::Connect,
-        set: |c, v| {
-            let n = number(v, 0, 4096).filter(|n| *n == 0 || *n >= 12);
-            put(&mut c.max_indirect_segments, n)
-        },
-    },
-    Knob {
-        name: "poll_us",
-        unit: "microseconds",
-        default: "100",
-        range: "0 to 10000",
-        help: "how long a queue polls before it sleeps, at most; it polls less where that does not pay",
-        shows_in: "polls_paid, notifications_received, cpu_ns",
-        reach: Reach::Live,
-        set: |c, v| put(&mut c.poll_us, number(v, 0, 10_000)),
-    },
-    Knob {
-        name: "ordering",
-        unit: "",
-        default: "both",
-        range: "flush, barrier, both",
-        help: "ordering primitives offered; barrier (alone) excludes indirect descriptors",
-        shows_in: "f_req, barriers",
-        reach: Reach::Connect,
-        set: |c, v| {
-            c.ordering = match v {
-                "flush" => Ordering::Flush,
-                "barrier" => Ordering::Barrier,
-                "both" => Ordering::Both,
-                _ => return None,
-            };
-            Some(())
-        },
-    },
-    Knob {
-        name: "cpus",
-        unit: "",
-        default: "none",
-        range: "none, or numbers joined by +",
-        help: "processors that the queues' threads are bound to, in turn",
-        shows_in: "cpu_ns",
-        reach: Reach::Connect,
-        set: |c, v| put(&mut c.cpus, list(v)),
-    },
-    Knob {
-        name: "node",
-        unit: "",
-        default: "none",
-        range: "none, or a memory node's number",
-        help: "the queues' threads run on this node's processors, unless cpus names some",
-        shows_in: "cpu_ns",
-        reach: Reach::Connect,
-        set: |c, v| match v {
-            "none" => put(&mut c.node, Some(None)),
-            _ => put(&mut c.node, number(v, 0, 1023).map(Some)),
-        },
-    },
-];
 
 /// The table of all knobs for docs/tuning.md.
 pub fn markdown() -> String {
@@ -334,43 +185,5 @@ pub fn markdown() -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_knob_takes_its_default() {
-        for knob in KNOBS.iter().filter(|k| k.default != "CPUs") {
-            let mut config = Config::default();
-            config.set(knob.name, knob.default).unwrap();
-            assert_eq!(config, Config::default(), "{}", knob.name);
-        }
-    }
-
-    #[test]
-    fn lists_and_refusals() {
-        let mut config = Config::default();
-        config.set_all("cache=writeback,poll_us=0,cpus=0+1").unwrap();
-        assert_eq!((config.cache, config.poll_us), (Cache::Writeback, 0));
-        assert_eq!(config.cpus, [0, 1]);
-        let refusal = config.set("poll_us", "-1").unwrap_err();
-        assert_eq!(refusal, "poll_us: -1 is not one of its values (0 to 10000)");
-        assert!(config.set("max_indirect_segments", "5").is_err());
-        assert!(config.set_all("speed").unwrap_err().contains("name=value"));
-        assert!(config.set("speed", "9").unwrap_err().contains("poll_us"));
-        assert!(config.set("node", "one").is_err());
-        for (text, size) in [("4096", 4096), ("64k", 65536), ("2M", 2 << 20), ("1G", 1 << 30)] {
-            config.set("l2_cache_size", text).unwrap();
-            assert_eq!(config.l2_cache_size, L2Cache::Bytes(size));
-        }
-        config.set("l2_cache_size", "all").unwrap();
-        assert_eq!(config.l2_cache_size, L2Cache::All);
-        for bad in ["", "M", "4095", "2000G", "-1", "17179869184G", "\u{e4}"] {
-            assert!(config.set("l2_cache_size", bad).is_err(), "{bad}");
-        }
-        config.set_all("node=1,grants=map,cache=none").unwrap();
-        assert_eq!(config.node, Some(1));
-        assert!(config.agrees().unwrap_err().starts_with("grants=map: not with cache=none"));
-        config.set_all("cache=writeback,node=none").unwrap();
-        assert_eq!((config.agrees(), config.node), (Ok(()), None));
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -65,6 +65,13 @@ pub(crate) enum Command {
     Cancel {},
     /// The word to go on, for a job that waits.
     Complete {},
+    /// Begin a log of changed blocks; one that is in use ends at that moment.
+    ChangedLogStart {
+        /// Its file, which is new.
+        path: PathBuf,
+    },
+    /// End the log of changed blocks.
+    ChangedLogStop {},
 }
 
 /// One line for one line: an object, `{"size": BYTES}` for a resize, or `{"error": TEXT}`.

@@ -24,8 +24,8 @@ use crate::config::{Config, GrantMode};
 use crate::counters::QueueCounters;
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
-use memory::Memory;
 use blktap::polling::Pollers;
+use memory::Memory;
 use slots::Slots;
 use worker::{Run, Worker};
 
@@ -144,6 +144,7 @@ impl Queue {
         let shared = Arc::new(Shared::new(config, start.limits.sectors)?);
         let mut disk = start.disk.queue(size as u32)?;
         disk.count_in(start.engine_counters);
+        disk.prioritize(config.io_priority);
         let worker = Worker {
             name: name.clone(),
             ring,

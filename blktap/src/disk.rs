@@ -15,9 +15,10 @@ use std::time::Duration;
 use perf::Handle;
 
 use crate::engine::EngineCounters;
+use crate::filters::priority::Priority;
 use crate::image::ImageDisk;
 pub use mem::{MemDisk, Volatility};
-pub use nbd::{Encryption, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
+pub use nbd::{Encryption, Handover, NbdDisk, NbdOptions, NbdTarget, NotATarget, Place};
 pub use null::NullDisk;
 pub(crate) use null::wait_for;
 pub use raw::{RawDisk, RawQueue};
@@ -242,6 +243,14 @@ pub trait DiskQueue: Send {
     /// Lets go of all descriptors of earlier `wait`s.
     fn unwatch(&mut self) -> io::Result<()> {
         Ok(())
+    }
+    /// Whoever uses the queue waits for its last requests and then drops it: nothing is held
+    /// back any more that could go (a throttled request, say).
+    fn hurry(&mut self) {}
+    /// Gives requests that are submitted from now on a priority, where files or devices lie
+    /// below.
+    fn prioritize(&mut self, priority: Priority) {
+        let _ = priority;
     }
     /// Requests taken and not yet polled as done.
     fn in_flight(&self) -> u32;

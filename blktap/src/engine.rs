@@ -218,6 +218,11 @@ impl Engine {
         self.counters = counters;
     }
 
+    /// What the kernel is told of the priority of reads and writes from now on: an ioprio, or 0.
+    pub fn prioritize(&mut self, ioprio: u16) {
+        self.ops.ioprio = ioprio;
+    }
+
     /// Requests started and not yet polled as done.
     pub fn in_flight(&self) -> u32 {
         (self.ops.busy() + self.ops.ready.len()) as u32

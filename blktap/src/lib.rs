@@ -5,6 +5,7 @@ pub mod disk;
 pub mod engine;
 pub mod export;
 pub mod faults;
+pub mod filters;
 pub mod formats;
 pub mod image;
 pub mod live;

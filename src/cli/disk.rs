@@ -59,6 +59,45 @@ pub enum Disk {
     Cancel(live::OnLive),
     /// Let a job go on that waits for a word: a mirror goes over to its copy.
     Complete(live::OnLive),
+    /// Give an image a device of the kernel's nbd driver (/dev/nbdN), and print it.
+    Connect(Connect),
+    /// End such a device.
+    Disconnect(Disconnect),
+}
+
+impl Disk {
+    /// Whether a process serves the image.
+    pub fn is_served(&self) -> bool {
+        matches!(self, Disk::Connect(_) | Disk::Disconnect(_))
+    }
+}
+
+#[derive(Args)]
+pub struct Connect {
+    /// The image.
+    pub image: PathBuf,
+    /// Its format.
+    #[arg(short, long, value_name = "FORMAT", default_value = "raw")]
+    pub format: String,
+    /// Only for reading.
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// This device, not the first that is free.
+    #[arg(long, value_name = "/dev/nbdN")]
+    pub device: Option<PathBuf>,
+    /// Through the page cache, not past it (O_DIRECT).
+    #[arg(long)]
+    pub cached: bool,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Disconnect {
+    /// The device, which nobody uses.
+    #[arg(value_name = "/dev/nbdN")]
+    pub device: PathBuf,
 }
 
 #[derive(Args, Clone, Default)]

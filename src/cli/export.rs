@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use blktap::filters::delay::Delay;
+use blktap::filters::fault::Faults;
+use blktap::filters::priority::Priority;
 use blktap::formats::qcow2::L2Cache;
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -31,15 +34,13 @@ Examples:
     /// server had in flight its successor carries out, if the front-end reconnects. A file or a
     /// device that has grown is noticed within a second, and the guest is told. SIGTERM ends it:
     /// requests that it has taken are carried out and answered, and the image is flushed.
-    #[command(
-        after_help = "\
+    #[command(after_help = "\
 Examples:
   ringback export vhost-user-blk --socket-path /run/a.sock a.raw
   ringback export vhost-user-blk --socket-path /run/a.sock --num-queues 4 -f qcow2 a.qcow2
 
 Under the name vhost-user-blk-ringback the program takes these options alone, as QEMU's back-end
-program conventions have it."
-    )]
+program conventions have it.")]
     VhostUserBlk(ExportVhostUserBlk),
 }
 
@@ -108,6 +109,59 @@ pub struct ExportNbd {
     /// pre-shared keys: rustls has none.)
     #[arg(long, value_name = "DIR")]
     pub tls_creds: Option<PathBuf>,
+    /// What lies before the images.
+    #[command(flatten)]
+    pub filters: Filters,
+    /// Take commands at this Unix socket: `ringback set SOCKET KNOB VALUE` changes limits,
+    /// `ringback changed-log start SOCKET PATH` begins a log.
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum MirrorErrors {
+    /// The client gets it.
+    #[default]
+    Report,
+    /// The mirror is given up, and the log says so.
+    Drop,
+}
+
+#[derive(Args, Clone, Default)]
+#[command(next_help_heading = "Filters")]
+pub struct Filters {
+    /// Limit requests and bytes a second, for each image: iops_total, bps_read, and so on, as
+    /// `ringback knobs` has them; may be repeated.
+    #[arg(long, value_name = "LIMIT=N[,LIMIT=N]")]
+    pub throttle: Vec<String>,
+    /// The limits hold for all images together, which share them fairly.
+    #[arg(long)]
+    pub throttle_group: bool,
+    /// What the kernel's scheduler is told of reads and writes: none, idle, rt:LEVEL or be:LEVEL,
+    /// the level from 0 (first) to 7; rt needs CAP_SYS_NICE.
+    #[arg(long, value_name = "PRIORITY", default_value = "none")]
+    pub io_priority: Priority,
+    /// Log in this file which blocks change. The log is gone on with, or begun; clients see it as
+    /// qemu:dirty-bitmap:NAME, NAME being the file's without its ending. With --read-only a log
+    /// is only shown.
+    #[arg(long, value_name = "PATH")]
+    pub changed_log: Option<PathBuf>,
+    /// Write to this image too; it is as large, or larger, and has the same content.
+    #[arg(long, value_name = "FORMAT:PATH")]
+    pub mirror: Option<String>,
+    /// What becomes of an error of the mirror.
+    #[arg(long, value_enum, default_value = "report")]
+    pub mirror_errors: MirrorErrors,
+    /// Have requests fail, for tests: OP:ERROR[:nth=N][:every=N][:p=0..1][:seed=N][:at=FIRST-END],
+    /// OP of any, read, write, flush, discard; several joined by +.
+    #[arg(long, value_name = "FAULT", default_value = "", hide_default_value = true)]
+    pub fault: Faults,
+    /// Have each request wait, for tests: US, or LEAST-MOST[:seed=N], in microseconds.
+    #[arg(long, value_name = "US", default_value = "0", hide_default_value = true)]
+    pub delay_us: Delay,
+    /// What a bit of a log that begins stands for: 512 to 2G, a power of two.
+    #[arg(long, value_name = "BYTES", default_value = "64K")]
+    pub changed_log_granularity: String,
 }
 
 #[derive(Args)]

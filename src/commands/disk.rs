@@ -79,6 +79,8 @@ pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
         Disk::Job(on) => live::word(&devices()?, on, "job"),
         Disk::Cancel(on) => live::word(&devices()?, on, "cancel"),
         Disk::Complete(on) => live::word(&devices()?, on, "complete"),
+        // These need a run folder.
+        Disk::Connect(_) | Disk::Disconnect(_) => Ok(ExitCode::SUCCESS),
     };
     match result {
         Err(e) if e.is::<Usage>() => {

@@ -1,5 +1,6 @@
 //! `ringback export`: images for those who have no Xen.
 
+pub mod filters;
 mod vhost_user;
 
 use std::io;
@@ -16,9 +17,11 @@ use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
 
 use super::Result;
-pub use vhost_user::vhost_user_blk;
+use super::control::Control;
 use crate::cli::{CacheMode, ExportNbd};
 use crate::signals;
+use filters::{Later, Stack};
+pub use vhost_user::vhost_user_blk;
 
 impl From<CacheMode> for Cache {
     fn from(mode: CacheMode) -> Cache {
@@ -31,14 +34,16 @@ impl From<CacheMode> for Cache {
 }
 
 /// The images under their names.
-fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
+fn exports(options: &ExportNbd, stack: &mut Stack<'_>) -> Result<Vec<Export>> {
     let mut all = Vec::new();
     if let Some(size) = options.null_disk {
-        all.push(Export::new(&options.name, NullDisk::new(size) as Arc<dyn Disk>));
+        let disk = stack.put_on(NullDisk::new(size) as Arc<dyn Disk>)?;
+        all.push(Export::new(&options.name, disk));
     }
+    let mut open = |format: &str, path: &str| stack.put_on(open_nbd(format, path, options)?);
     if let Some(image) = &options.image {
         let path = image.to_str().ok_or("the image's path is not UTF-8")?;
-        let mut export = Export::new(&options.name, open_nbd(&options.format, path, options)?);
+        let mut export = Export::new(&options.name, open(&options.format, path)?);
         export.description = options.description.clone();
         all.push(export);
     }
@@ -50,7 +55,7 @@ fn exports(options: &ExportNbd) -> Result<Vec<Export>> {
             Some((format, path)) if !format.contains('/') => (format, path),
             _ => ("raw", target),
         };
-        all.push(Export::new(name, open_nbd(format, path, options)?));
+        all.push(Export::new(name, open(format, path)?));
     }
     Ok(all)
 }
@@ -98,7 +103,14 @@ pub fn nbd(options: &ExportNbd) -> Result {
     let stop = stop_descriptor(signals::stop()?)?;
     let tls = options.tls_creds.as_deref().map(tls::server).transpose()?;
     let limits = Limits { connections: options.shared.into(), ..Limits::default() };
-    let mut server = Server::new(exports(options)?, tls, limits)?;
+    let count = options.export.len() + usize::from(options.image.is_some());
+    let later = if options.control.is_some() { Later::Changes } else { Later::Stays };
+    let open = |format: &str, path: &str| open_nbd(format, path, options);
+    let about = (options.read_only, later, count);
+    let mut stack = Stack::new(&options.filters, &open, about)?;
+    let mut server = Server::new(exports(options, &mut stack)?, tls, limits)?;
+    let control = |path: &PathBuf| Control::serve(path, stack.answers());
+    let _control = options.control.as_ref().map(control).transpose()?;
     if let Some(path) = &options.socket {
         server.listen_unix(path)?;
         println!("listening at {}", path.display());

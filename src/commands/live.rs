@@ -1,14 +1,12 @@
 //! Commands that speak to a live device over its control socket.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Context, Result};
+use super::{Context, Result, control};
 
 /// How long a device may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -32,17 +30,7 @@ fn socket(context: &Context, device: &str) -> Result<PathBuf> {
 /// Asks a device; its answer is an object without `error`.
 pub fn ask(context: &Context, device: &str, request: &Value) -> Result<Value> {
     let path = socket(context, device)?;
-    let mut stream = UnixStream::connect(&path)
-        .map_err(|e| format!("{device}: nobody serves it at {}: {e}", path.display()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(format!("{request}\n").as_bytes())?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    let answer: Value = serde_json::from_str(&line).map_err(|_| format!("{device}: no answer"))?;
-    match answer.get("error").and_then(Value::as_str) {
-        Some(error) => Err(format!("{device}: {error}").into()),
-        None => Ok(answer),
-    }
+    control::ask(&path, PATIENCE, request).map_err(|e| format!("{device}: {e}").into())
 }
 
 /// `ringback resize`.

@@ -28,11 +28,15 @@ fn snapshots_lose_nothing() {
         }
         assert!(fio.runs(), "fio has ended too early");
         fio.well();
-        assert_eq!(guest.job(XVDA)["disk"], format!("{overlay_format}:{}", text(&guest.path("three"))));
+        assert_eq!(
+            guest.job(XVDA)["disk"],
+            format!("{overlay_format}:{}", text(&guest.path("three")))
+        );
         let seen = guest.copy("xvda", "seen");
         // What is below the newest is not locked for reading, and nobody can write to it.
         let base = guest.path("two");
-        let written = run("qemu-io", &["-f", qemu(overlay_format), "-c", "write 0 4k", text(&base)]);
+        let written =
+            run("qemu-io", &["-f", qemu(overlay_format), "-c", "write 0 4k", text(&base)]);
         assert!(String::from_utf8_lossy(&written.stderr).contains("lock"), "{written:?}");
         let kept = guest.end();
         let kept = kept.path();
@@ -121,7 +125,8 @@ fn three_deep(format: &str) -> Guest {
         below = (name, format);
         if format == "qcow2" {
             let at = n as u64 * 3 << 20;
-            let (write, zero) = (format!("write -P {} {at} 7M", n + 1), format!("write -z {at} 70k"));
+            let (write, zero) =
+                (format!("write -P {} {at} 7M", n + 1), format!("write -z {at} 70k"));
             let path = folder.path().join(name);
             well("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, text(&path)]);
         }
@@ -182,7 +187,9 @@ fn a_mirror_is_equal_at_its_end() {
 
 #[test]
 fn a_commit_goes_on_below() {
-    for (n, (base, deep)) in [("two", true), ("base", true), ("base", false)].into_iter().enumerate() {
+    for (n, (base, deep)) in
+        [("two", true), ("base", true), ("base", false)].into_iter().enumerate()
+    {
         let guest = three_deep(if deep { "qcow2" } else { "vhd" });
         let path = guest.path(base);
         let args = ["commit", "--live", XVDA, "-b", text(&path)];

@@ -189,6 +189,7 @@ impl<A: Abi> Worker<A> {
         if let Some(config) = self.shared.changed(&mut self.run.changes) {
             self.pollers.set_max(config.poll_us);
             self.memory.set_limits(&config);
+            self.disk.prioritize(config.io_priority);
         }
     }
 
@@ -589,6 +590,7 @@ impl<A: Abi> Worker<A> {
 
     /// Waits for all that is in flight and answers it.
     fn drain(&mut self) -> Result<(), Fault> {
+        self.disk.hurry();
         while self.disk.in_flight() > 0 {
             self.disk.wait(&[], None)?;
             self.reap()?;

@@ -2,6 +2,7 @@
 
 mod address;
 mod connect;
+mod handover;
 mod queue;
 mod shared;
 mod status;
@@ -18,6 +19,7 @@ use crate::engine::MAX_DEPTH;
 use crate::export::nbd::proto::can;
 use crate::storage::Access;
 pub use address::{Encryption, NbdTarget, NotATarget, Place};
+pub use handover::Handover;
 use queue::NbdQueue;
 use shared::{Member, Shared};
 

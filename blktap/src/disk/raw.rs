@@ -15,6 +15,7 @@ use crate::engine::{
     Durability, Engine, EngineConfig, EngineCounters, EngineOp, FileKind, RingMode, SetupError,
     Transfer,
 };
+use crate::filters::priority::Priority;
 use crate::storage::{self, Access, Cache, FileStorage, Medium, OpenError, OpenOptions, Storage};
 
 /// A raw image or a block device.
@@ -194,6 +195,9 @@ impl DiskQueue for RawQueue {
     }
     fn unwatch(&mut self) -> io::Result<()> {
         self.engine.unwatch()
+    }
+    fn prioritize(&mut self, priority: Priority) {
+        self.engine.prioritize(priority.raw());
     }
     fn in_flight(&self) -> u32 {
         self.engine.in_flight()

@@ -29,5 +29,7 @@ perf::counters! {
         bounced: Counter [pieces],
         /// Segments saved by joining adjacent buffers.
         merged: Counter [segments],
+        /// Requests that a throttle before the engine held back.
+        throttled: Counter [requests],
     }
 }

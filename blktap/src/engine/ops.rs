@@ -82,6 +82,8 @@ pub(super) struct Ops {
     pub(super) files: Vec<(EngineFile, ZeroMethod)>,
     pub(super) helper: Option<IoctlThread>,
     inline: Inline,
+    /// Of reads and writes.
+    pub(super) ioprio: u16,
 }
 
 impl Ops {
@@ -116,6 +118,7 @@ impl Ops {
             bounce,
             files: files.into_iter().map(|f| (f, ZeroMethod::ZeroRange)).collect(),
             helper: None,
+            ioprio: 0,
         }
     }
 
@@ -267,7 +270,10 @@ impl Ops {
             Kind::Zero(ZeroMethod::Write) => {
                 c.writes.add(1);
                 let len = op.left.min(ZEROES_LEN as u64) as u32;
-                opcode::Write::new(fd, ZEROES.0.as_ptr(), len).offset(op.offset).build()
+                opcode::Write::new(fd, ZEROES.0.as_ptr(), len)
+                    .offset(op.offset)
+                    .ioprio(self.ioprio)
+                    .build()
             }
             Kind::Punch | Kind::Zero(_) => {
                 c.fallocates.add(1);
@@ -297,16 +303,23 @@ impl Ops {
         if let (Path::Bounce(buffer), Some(pool)) = (op.path, &self.bounce) {
             c.bounced.add(1);
             let len = op.left.min(BOUNCE_LEN as u64) as u32;
-            return opcode::Read::new(fd, pool.address(buffer), len).offset(op.offset).build();
+            return opcode::Read::new(fd, pool.address(buffer), len)
+                .offset(op.offset)
+                .ioprio(self.ioprio)
+                .build();
         }
         match self.segments(index) {
             [one] => {
                 let len = one.iov_len.min(MAX_PIECE) as u32;
-                opcode::Read::new(fd, one.iov_base.cast(), len).offset(op.offset).build()
+                opcode::Read::new(fd, one.iov_base.cast(), len)
+                    .offset(op.offset)
+                    .ioprio(self.ioprio)
+                    .build()
             }
-            many => {
-                opcode::Readv::new(fd, many.as_ptr(), many.len() as u32).offset(op.offset).build()
-            }
+            many => opcode::Readv::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(op.offset)
+                .ioprio(self.ioprio)
+                .build(),
         }
     }
 
@@ -323,17 +336,23 @@ impl Ops {
             return opcode::Write::new(fd, to, len as u32)
                 .offset(op.offset)
                 .rw_flags(flags)
+                .ioprio(self.ioprio)
                 .build();
         }
         match self.segments(index) {
             [one] => {
                 let len = one.iov_len.min(MAX_PIECE) as u32;
                 let from = one.iov_base.cast::<u8>();
-                opcode::Write::new(fd, from, len).offset(op.offset).rw_flags(flags).build()
+                opcode::Write::new(fd, from, len)
+                    .offset(op.offset)
+                    .rw_flags(flags)
+                    .ioprio(self.ioprio)
+                    .build()
             }
             many => opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
                 .offset(op.offset)
                 .rw_flags(flags)
+                .ioprio(self.ioprio)
                 .build(),
         }
     }

@@ -463,3 +463,28 @@ fn a_write_that_fails_at_once_says_why() {
     }
     assert_eq!(done, [Done { token: 7, errno: libc::EBADF }]);
 }
+
+#[test]
+fn a_priority_is_in_each_read_and_write() {
+    let file = tempfile::tempfile().expect("a file");
+    file.write_all_at(&[5; 512], 0).expect("fill");
+    let mut engine = engine_on(file, 2, RingMode::Deferred);
+    let mut memory = [0; 512];
+    let mut answer = |ioprio, op| {
+        engine.prioritize(ioprio);
+        let bufs = [buf(&mut memory)];
+        engine.start(&transfer(op, 0, &bufs, 0)).expect("room");
+        let mut done = Vec::new();
+        while done.is_empty() {
+            engine.wait(&[], None).expect("wait");
+            engine.poll(&mut done).expect("poll");
+        }
+        done[0].errno
+    };
+    // No class has the number 4: the kernel says so of what it looks at.
+    let (idle, unknown) = (3 << 13, 4 << 13);
+    for op in [EngineOp::Read, EngineOp::Write(Durability::Through)] {
+        assert_eq!((answer(0, op), answer(idle, op)), (0, 0));
+        assert_eq!(answer(unknown, op), libc::EINVAL, "{op:?}");
+    }
+}

@@ -17,6 +17,7 @@ use crate::engine::{
     Engine, EngineConfig, EngineCounters, EngineFile, EngineOp, MAX_WATCHES, PastEnd, RingMode,
     Transfer,
 };
+use crate::filters::priority::Priority;
 use crate::formats::Mailbox;
 
 /// Where a file of the chain is reached.
@@ -183,6 +184,12 @@ impl Lower {
 
     pub(super) fn counters(&self) -> Option<Handle<EngineCounters>> {
         self.engine.as_ref().map(|e| e.counters().clone())
+    }
+
+    pub(super) fn prioritize(&mut self, priority: Priority) {
+        if let Some(engine) = &mut self.engine {
+            engine.prioritize(priority.raw());
+        }
     }
 
     pub(super) fn count_in(&mut self, counters: Handle<EngineCounters>) {

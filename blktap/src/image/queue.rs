@@ -14,6 +14,7 @@ use super::transfer::{Step, Unpack};
 use super::workers::{ANSWERS, Answer, Job};
 use crate::disk::{DiskQueue, Done, Full, IoBuf, MAX_SEGMENTS, Op, Request, check_range, wait_for};
 use crate::engine::{EngineCounters, EngineOp};
+use crate::filters::priority::Priority;
 use crate::formats::{ImageError, LeaseHolder, Piece, Waiter};
 
 /// What a lower token's upper half says about its lower half.
@@ -287,6 +288,9 @@ impl DiskQueue for ImageQueue {
     }
     fn unwatch(&mut self) -> io::Result<()> {
         self.lower.unwatch()
+    }
+    fn prioritize(&mut self, priority: Priority) {
+        self.lower.prioritize(priority);
     }
     fn in_flight(&self) -> u32 {
         self.slots.users + self.ready.len() as u32

@@ -11,6 +11,7 @@ use super::fan;
 use super::tracked::Requests;
 use crate::disk::{Disk, DiskQueue, Done, Full, Request, wait_for};
 use crate::engine::EngineCounters;
+use crate::filters::priority::Priority;
 
 /// No generation.
 const NEVER: u64 = u64::MAX;
@@ -35,6 +36,9 @@ pub(super) struct LiveQueue {
     /// When to try again to make a queue of the disk.
     again: Option<Instant>,
     depth: u32,
+    priority: Option<Priority>,
+    /// Whether the queue is about to be dropped.
+    hurries: bool,
     shared: Arc<Shared>,
     station: Arc<Station>,
     counters: Option<Handle<EngineCounters>>,
@@ -54,6 +58,8 @@ impl LiveQueue {
             refused: false,
             again: None,
             depth,
+            priority: None,
+            hurries: false,
             shared,
             station,
             counters: None,
@@ -72,6 +78,9 @@ impl LiveQueue {
         let mut inner = disk.queue(self.depth)?;
         if let Some(counters) = &self.counters {
             inner.count_in(counters.clone());
+        }
+        if let Some(priority) = self.priority {
+            inner.prioritize(priority);
         }
         Ok(inner)
     }
@@ -196,6 +205,9 @@ impl DiskQueue for LiveQueue {
             // It has gone on meanwhile.
             return Ok(0);
         }
+        if self.hurries && self.inner.is_none() && self.in_flight() == 0 {
+            return Err(super::no_disk());
+        }
         let timeout = self.limit(timeout);
         let event = self.station.event();
         let inner = &mut self.inner;
@@ -210,6 +222,18 @@ impl DiskQueue for LiveQueue {
     }
     fn unwatch(&mut self) -> io::Result<()> {
         self.inner.as_mut().map_or(Ok(()), |inner| inner.unwatch())
+    }
+    fn hurry(&mut self) {
+        self.hurries = true;
+        if let Some(inner) = &mut self.inner {
+            inner.hurry();
+        }
+    }
+    fn prioritize(&mut self, priority: Priority) {
+        self.priority = Some(priority);
+        if let Some(inner) = &mut self.inner {
+            inner.prioritize(priority);
+        }
     }
     fn in_flight(&self) -> u32 {
         match (&self.inner, self.mode) {

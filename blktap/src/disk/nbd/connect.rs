@@ -188,11 +188,21 @@ fn socket(target: &NbdTarget, patience: Duration) -> io::Result<OwnedFd> {
     }
 }
 
+/// How reads are answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replies {
+    /// By chunks, if the server can.
+    Structured,
+    /// At once.
+    Simple,
+}
+
 /// Connects and agrees.
 pub fn connect(
     target: &NbdTarget,
     tls: Option<&Arc<ClientConfig>>,
     patience: Duration,
+    replies: Replies,
 ) -> io::Result<Link> {
     let mut transport = Transport::new(socket(target, patience)?);
     let mut talk = Talk::new(&mut transport, patience);
@@ -209,12 +219,7 @@ pub fn connect(
     if let Some(config) = tls {
         start_tls(&mut talk, target, config)?;
     }
-    talk.option(opt::STRUCTURED_REPLY, &[])?;
-    let structured = talk.answers(opt::STRUCTURED_REPLY, |_, _| Ok(()))?;
-    if let Err(refusal @ (rep::ERR_TLS_REQD, _)) = structured {
-        return Err(refused("the server", refusal));
-    }
-    let structured = structured.is_ok();
+    let structured = replies == Replies::Structured && asks_for_chunks(&mut talk)?;
     let allocation = if structured { allocation(&mut talk, &target.export)? } else { None };
     let mut facts = Facts {
         size: 0,
@@ -228,6 +233,15 @@ pub fn connect(
     go(&mut talk, target, &mut facts, mine)?;
     check(&facts)?;
     Ok(Link { transport, facts })
+}
+
+/// Whether the server agrees to answer by chunks.
+fn asks_for_chunks(talk: &mut Talk<'_>) -> io::Result<bool> {
+    talk.option(opt::STRUCTURED_REPLY, &[])?;
+    match talk.answers(opt::STRUCTURED_REPLY, |_, _| Ok(()))? {
+        Err(refusal @ (rep::ERR_TLS_REQD, _)) => Err(refused("the server", refusal)),
+        answer => Ok(answer.is_ok()),
+    }
 }
 
 fn start_tls(

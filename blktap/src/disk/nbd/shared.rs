@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 
 use super::NbdOptions;
 use super::address::Encryption;
-use super::connect::{Facts, Link, Talk, connect};
+use super::connect::{Facts, Link, Replies, Talk, connect};
 use crate::export::nbd::proto::{REQUEST_MAGIC, RequestHeader, cmd};
 use crate::export::nbd::tls;
 use crate::export::nbd::transport::Transport;
@@ -61,7 +61,7 @@ impl Shared {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
             }
         };
-        let link = connect(&options.target, tls.as_ref(), options.handshake)?;
+        let link = connect(&options.target, tls.as_ref(), options.handshake, Replies::Structured)?;
         let shared = Arc::new(Shared {
             options,
             tls,
@@ -81,7 +81,12 @@ impl Shared {
 
     /// Another connection, to the same disk.
     pub fn connect(&self) -> io::Result<Member> {
-        let link = connect(&self.options.target, self.tls.as_ref(), self.options.handshake)?;
+        let link = connect(
+            &self.options.target,
+            self.tls.as_ref(),
+            self.options.handshake,
+            Replies::Structured,
+        )?;
         if link.facts != self.facts {
             let text = "the server has come back with another disk";
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));

@@ -250,6 +250,7 @@ impl<'a> Connection<'a> {
     }
 
     fn end_for_server(&mut self) {
+        self.queue.hurry();
         self.end_input();
         self.stopped = Some(Instant::now() + PARTING);
     }

@@ -93,6 +93,11 @@ impl Transport {
         self.tls = Some(Box::new(tls));
     }
 
+    /// The socket itself; nothing is encrypted.
+    pub fn into_socket(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Whether the bytes are TLS's.
     pub fn is_encrypted(&self) -> bool {
         self.tls.is_some()

@@ -99,11 +99,7 @@ pub struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    pub fn new(
-        socket: UnixStream,
-        export: &Export,
-        stop: BorrowedFd<'a>,
-    ) -> Result<Self, Cause> {
+    pub fn new(socket: UnixStream, export: &Export, stop: BorrowedFd<'a>) -> Result<Self, Cause> {
         let device = Arc::new(Mutex::new(Device::new(export).map_err(Cause::Resources)?));
         let theirs = socket.try_clone().map_err(Cause::Resources)?;
         let handler = BackendReqHandler::from_stream(theirs, Arc::clone(&device));

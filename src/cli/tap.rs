@@ -1,0 +1,103 @@
+//! `ringback tap-ctl`, and `tap-ctl` as a name of the program: blktap's command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+#[derive(Subcommand)]
+pub enum Tap {
+    /// List tapdisks: `pid minor state type file` on a terminal, else
+    /// `pid=N minor=N state=X args=TYPE:FILE`.
+    List {
+        /// Only this process.
+        #[arg(short, value_name = "PID")]
+        pid: Option<u32>,
+        /// Only this minor.
+        #[arg(short, value_name = "MINOR")]
+        minor: Option<u32>,
+        /// Only this type.
+        #[arg(short = 't', value_name = "TYPE")]
+        kind: Option<String>,
+        /// Only this file.
+        #[arg(short, value_name = "FILE")]
+        file: Option<String>,
+    },
+    /// Start a tapdisk, attach it to a minor that is free, and open an image; print its NBD
+    /// socket.
+    Create {
+        #[command(flatten)]
+        image: Image,
+        /// Connect this device of the kernel's nbd driver (/dev/nbdN) and print it instead.
+        #[arg(short, value_name = "DEVICE")]
+        device: Option<PathBuf>,
+    },
+    /// Close an image and detach; the process ends with its last minor.
+    Destroy(Target),
+    /// Start a process without a minor; print its pid.
+    Spawn,
+    /// Give a process a minor.
+    Attach(Target),
+    /// Take a minor from a process; with its last one it ends.
+    Detach(Target),
+    /// Open an image and serve it by NBD at $RINGBACK_RUN/blktap/nbdPID.MINOR.
+    Open {
+        #[command(flatten)]
+        target: Target,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Close an image: what was taken is carried out, and it is flushed.
+    Close {
+        #[command(flatten)]
+        target: Target,
+        /// Accepted; closing never waits for clients.
+        #[arg(short)]
+        force: bool,
+    },
+    /// Hold requests back.
+    Pause(Target),
+    /// Let requests go on.
+    Unpause(Target),
+    /// Print requests, sectors and images as a Python dictionary (which is JSON too).
+    Stats(Target),
+    /// Check whether tapdisks can run here.
+    Check,
+    /// Be a tapdisk.
+    #[command(hide = true)]
+    Tapdisk,
+}
+
+#[derive(Args)]
+pub struct Target {
+    /// The process.
+    #[arg(short, value_name = "PID")]
+    pub pid: u32,
+    /// The minor.
+    #[arg(short, value_name = "MINOR")]
+    pub minor: u32,
+    /// How long the process may take, in seconds.
+    #[arg(short, value_name = "S", default_value = "60")]
+    pub timeout: u64,
+}
+
+#[derive(Args)]
+pub struct Image {
+    /// TYPE:FILE; aio and raw are the file itself, vhd, qcow2 and qcow images.
+    #[arg(short, value_name = "TYPE:FILE")]
+    pub args: String,
+    /// Clients may only read.
+    #[arg(short = 'R')]
+    pub read_only: bool,
+    /// Through the page cache, not past it (O_DIRECT).
+    #[arg(short = 'D')]
+    pub no_o_direct: bool,
+    /// Accepted: the minor whose tapdisk has the parents open. Here each opens its own.
+    #[arg(short = 'e', value_name = "MINOR")]
+    pub existing: Vec<u32>,
+    /// Log in this file which blocks change: one that is there is gone on with.
+    #[arg(short = 'C', value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// Open backing files in this folder too, and below it; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+}

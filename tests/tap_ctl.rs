@@ -1,0 +1,229 @@
+//! The name tap-ctl: its commands' effects and outputs, in blktap's forms.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A run folder, and the program under its other name.
+struct Taps {
+    folder: TempDir,
+}
+
+impl Taps {
+    fn new() -> Taps {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+        let name = folder.path().join("tap-ctl");
+        symlink(env!("CARGO_BIN_EXE_ringback"), name).expect("a link");
+        Taps { folder }
+    }
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+    fn image(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.path(name);
+        std::fs::File::create(&path).expect("a file").set_len(size).expect("its size");
+        path
+    }
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.path("tap-ctl"));
+        command.args(args).env("RINGBACK_RUN", self.path("run")).env("RINGBACK_LOG", "warn");
+        command.stdin(Stdio::null());
+        command
+    }
+    fn try_to(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("tap-ctl")
+    }
+    /// A command that must succeed: what it prints.
+    fn run(&self, args: &[&str]) -> String {
+        let Output { status, stdout, stderr } = self.try_to(args);
+        assert!(status.success(), "{args:?}: {}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).expect("UTF-8").trim_end().to_owned()
+    }
+    fn refusal(&self, args: &[&str]) -> String {
+        let Output { status, stderr, .. } = self.try_to(args);
+        assert_eq!(status.code(), Some(1), "{args:?}");
+        String::from_utf8(stderr).expect("UTF-8")
+    }
+}
+
+impl Drop for Taps {
+    fn drop(&mut self) {
+        // Whatever a failed test left.
+        for line in String::from_utf8_lossy(&self.try_to(&["list"]).stdout).lines() {
+            let pid = line.strip_prefix("pid=").and_then(|l| l.split(' ').next()?.parse().ok());
+            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+fn within(what: &str, limit: Duration, done: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < limit, "{what}: not within {limit:?}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+fn qemu_io(uri: &str, command: &str) -> Command {
+    let mut io = Command::new("qemu-io");
+    io.args(["-f", "raw", "-c", command, uri]).stdin(Stdio::null()).stdout(Stdio::null());
+    io
+}
+
+fn well(command: &mut Command) {
+    let status = command.status().expect("qemu-io: install qemu-utils");
+    assert!(status.success(), "{command:?}");
+}
+
+#[test]
+fn a_tapdisk_from_spawn_to_its_end() {
+    let taps = Taps::new();
+    let image = taps.image("disk.raw", 4 << 20);
+    assert_eq!(taps.run(&["check"]), "ok");
+    assert_eq!(taps.run(&["list"]), "");
+    let pid = taps.run(&["spawn"]);
+    assert_eq!(taps.run(&["list"]), format!("pid={pid}"));
+    let at = ["-p", &pid, "-m", "3"];
+    let on = |command: &'static str| taps.run(&[&[command][..], &at].concat());
+    assert_eq!(on("attach"), "");
+    assert_eq!(taps.run(&["list"]), format!("pid={pid} minor=3 state=0x2"));
+    assert!(taps.refusal(&["attach", "-p", &pid, "-m", "3"]).contains("attached already"));
+    assert!(taps.refusal(&["pause", "-p", &pid, "-m", "3"]).contains("no image open"));
+    let args = format!("aio:{}", text(&image));
+    taps.run(&[&["open"][..], &at, &["-D", "-a", &args]].concat());
+    let row = |state: &str| format!("pid={pid} minor=3 state={state} args={args}");
+    assert_eq!(taps.run(&["list"]), row("0"));
+    assert_eq!(taps.run(&["list", "-t", "aio", "-f", text(&image), "-m", "3"]), row("0"));
+    assert_eq!(taps.run(&["list", "-t", "vhd"]), "");
+    let uri = format!("nbd+unix:///?socket={}/run/blktap/nbd{pid}.3", text(taps.folder.path()));
+    well(&mut qemu_io(&uri, "write -P 7 0 64k"));
+    on("pause");
+    assert_eq!(taps.run(&["list"]), row("0x2a"));
+    let mut writer = qemu_io(&uri, "write -P 8 64k 64k").spawn().expect("qemu-io");
+    sleep(Duration::from_millis(400));
+    assert!(writer.try_wait().expect("its state").is_none(), "a paused disk answers nothing");
+    on("unpause");
+    assert!(writer.wait().expect("its end").success());
+    assert_eq!(taps.run(&["list"]), row("0"));
+    let stats: Value = serde_json::from_str(&on("stats")).expect("a dictionary");
+    assert_eq!((&stats["name"], &stats["secs"][1]), (&args.as_str().into(), &256.into()));
+    assert_eq!(stats["images"][0]["hits"][1], 2);
+    assert!(taps.refusal(&["detach", "-p", &pid, "-m", "3"]).contains("close it first"));
+    on("close");
+    assert_eq!(taps.run(&["list"]), format!("pid={pid} minor=3 state=0x2"));
+    let bytes = std::fs::read(&image).expect("the image");
+    assert!(
+        bytes[..65536].iter().all(|b| *b == 7) && bytes[65536..131_072].iter().all(|b| *b == 8)
+    );
+    on("detach");
+    within("its end", Duration::from_secs(5), || !Path::new(&format!("/proc/{pid}/exe")).exists());
+    assert_eq!(taps.run(&["list"]), "");
+}
+
+#[test]
+fn create_takes_free_minors_and_destroy_leaves_nothing() {
+    let taps = Taps::new();
+    let vhd = taps.path("a.vhd");
+    let made = Command::new(env!("CARGO_BIN_EXE_ringback"))
+        .args(["disk", "create", "-f", "vhd", text(&vhd), "8M"])
+        .stdout(Stdio::null())
+        .status();
+    assert!(made.expect("ringback").success());
+    let raw = taps.image("b.raw", 4 << 20);
+    let log = taps.path("b.log");
+    let (vhd, raw) = (format!("vhd:{}", text(&vhd)), format!("aio:{}", text(&raw)));
+    let first = taps.run(&["create", "-a", &vhd]);
+    let second = taps.run(&["create", "-D", "-C", text(&log), "-a", &raw]);
+    let list = taps.run(&["list"]);
+    let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split(' ').collect()).collect();
+    let mut minors: Vec<&str> = rows.iter().map(|row| row[1]).collect();
+    minors.sort_unstable();
+    assert_eq!(minors, ["minor=0", "minor=1"], "{list}");
+    for socket in [&first, &second] {
+        well(&mut qemu_io(&format!("nbd+unix:///?socket={socket}"), "write -P 1 1M 4k"));
+    }
+    // The same image again: locked, and nothing is left of the attempt.
+    assert!(taps.refusal(&["create", "-R", "-a", &vhd]).contains("lock"));
+    assert_eq!(taps.run(&["list"]).lines().count(), 2);
+    // A table for people, with blktap's columns.
+    let on_terminal = format!("{} list -m 0", text(&taps.path("tap-ctl")));
+    let table = Command::new("script")
+        .args(["-qec", &on_terminal, "/dev/null"])
+        .env("RINGBACK_RUN", taps.path("run"))
+        .stdin(Stdio::null())
+        .output()
+        .expect("script: install bsdutils");
+    let table = String::from_utf8(table.stdout).expect("UTF-8");
+    let columns: Vec<&str> = table.split_whitespace().collect();
+    let pid = rows.iter().find(|row| row[1] == "minor=0").expect("a row")[0];
+    let pid = pid.strip_prefix("pid=").expect("a pid");
+    assert_eq!(columns, [pid, "0", "0", "vhd", vhd.strip_prefix("vhd:").expect("a path")]);
+    for row in rows {
+        let [pid, minor] = [row[0], row[1]].map(|v| v.split_once('=').expect("a value").1);
+        taps.run(&["destroy", "-p", pid, "-m", minor]);
+    }
+    let shown = Command::new(env!("CARGO_BIN_EXE_ringback"))
+        .args(["changed-log", "show", text(&log)])
+        .output()
+        .expect("ringback");
+    let shown = String::from_utf8(shown.stdout).expect("UTF-8");
+    assert!(shown.contains("exact: yes") && shown.contains("changed: 65536"), "{shown}");
+    let left = || {
+        let names = std::fs::read_dir(taps.path("run/blktap")).expect("a folder").flatten();
+        let mut names: Vec<_> =
+            names.map(|e| e.file_name().into_string().expect("a name")).collect();
+        names.sort();
+        names
+    };
+    within("nothing is left", Duration::from_secs(5), || left() == ["lock", "tapdisk.log"]);
+}
+
+#[test]
+fn a_killed_tapdisk_is_cleared_away() {
+    let taps = Taps::new();
+    let image = taps.image("disk.raw", 1 << 20);
+    let socket = taps.run(&["create", "-D", "-a", &format!("raw:{}", text(&image))]);
+    let list = taps.run(&["list"]);
+    let pid = list.split(' ').next().and_then(|p| p.strip_prefix("pid=")?.parse().ok());
+    let pid = rustix::process::Pid::from_raw(pid.expect("a pid")).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
+    let gone = || !Path::new(&format!("/proc/{}/exe", pid.as_raw_nonzero())).exists();
+    within("its end", Duration::from_secs(5), gone);
+    assert_eq!(taps.run(&["list"]), "");
+    assert!(!Path::new(&socket).exists(), "its socket is left");
+    assert!(taps.refusal(&["stats", "-p", "1", "-m", "0"]).contains("tapdisk 1: nobody serves it"));
+}
+
+#[test]
+fn an_image_becomes_a_device_or_the_reason_is_told_and_nothing_is_left() {
+    let taps = Taps::new();
+    let image = taps.image("disk.raw", 1 << 20);
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ringback"));
+        let output = command.args(args).env("RINGBACK_RUN", taps.path("run")).output();
+        output.expect("ringback")
+    };
+    let made = run(&["disk", "connect", "--cached", text(&image)]);
+    if made.status.success() {
+        let device = String::from_utf8(made.stdout).expect("UTF-8").trim().to_owned();
+        let ended = run(&["disk", "disconnect", &device]);
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    } else {
+        let why = String::from_utf8_lossy(&made.stderr).into_owned();
+        assert!(why.contains("this kernel has no nbd driver: modprobe nbd"), "{why}");
+    }
+    within("nothing is left", Duration::from_secs(5), || taps.run(&["list"]).is_empty());
+    let refused = run(&["disk", "connect", "--device", "/dev/sda", text(&image)]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("name it as /dev/nbdN"));
+}
