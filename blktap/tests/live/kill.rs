@@ -210,12 +210,14 @@ fn judge(before: &[u8], after: &[u8], told: &str, what: &str) {
 fn check(folder: &Path, what: &str) {
     for name in ["base", "one", "top", "copy", "new", "old"] {
         let path = folder.join(name);
-        if path.exists() {
-            let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output();
+        // An overlay that nobody has opened yet names what will be called so.
+        let nameless = name == "new" && !folder.join("old").exists() && what.starts_with("rename");
+        if path.exists() && !nameless {
+            let output = Command::new("qemu-img").args(["check", "-U", "-f", "qcow2"]).arg(&path).output();
             let output = output.expect("qemu-img (package qemu-utils)");
             // Clusters that nobody uses may be left.
             let code = output.status.code();
-            let error = String::from_utf8_lossy(&output.stdout).into_owned();
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(matches!(code, Some(0 | 3)), "{what}: {name}: {code:?} {error}");
         }
     }
@@ -259,8 +261,9 @@ fn killed_jobs_are_completed() {
             let before = read(&here);
             let after = Duration::from_micros(next(&mut seed) % 60_000);
             let told = kill(folder.path(), job, next(&mut seed), after);
-            check(folder.path(), &what);
+            // The locks of a killed process are waited for.
             let found = read(&here);
+            check(folder.path(), &what);
             judge(&before, &found, &told, &what);
             let ended = is_done(&here, job);
             if ended { done += 1 } else { undone += 1 }
