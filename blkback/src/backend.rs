@@ -292,8 +292,7 @@ impl Device for BlkDevice {
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
         let (queues, _stats) = (Vec::new(), None);
-        let mut serving =
-            Serving { queues, config: config.clone(), jobs, disk, geometry, _stats };
+        let mut serving = Serving { queues, config: config.clone(), jobs, disk, geometry, _stats };
         self.start(nodes, &config, &mut serving, limits, &faults)?;
         if self.log.permits(&self.id) {
             tracing::info!(
@@ -341,8 +340,7 @@ impl Device for BlkDevice {
             Command::Set { knob, value } => self.set(&knob, &value),
             command => {
                 let serving = self.serving.as_mut();
-                let serving =
-                    serving.ok_or_else(|| Fault("the device is not connected".into()))?;
+                let serving = serving.ok_or_else(|| Fault("the device is not connected".into()))?;
                 serving.steer(command)
             }
         })
@@ -367,6 +365,7 @@ impl Serving {
             }),
             Command::Commit { base } => self.jobs.begin(Task::Commit { base }),
             Command::Stream { base } => self.jobs.begin(Task::Stream { base }),
+            Command::Grow { size } => self.jobs.begin(Task::Grow { size }),
             Command::Coalesce { layer } => self.jobs.begin(Task::Coalesce { layer }),
             Command::Job {} => self.jobs.tell(),
             Command::Cancel {} => self.jobs.cancel(),
@@ -388,9 +387,8 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     let (file, backing) = match wanted.how {
         Opening::Guest => (file, backing.clone()),
         Opening::Below => (file.lock(Lock::Off), backing.clone()),
-        Opening::Alone => {
-            (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore)
-        }
+        Opening::Read => (file.lock(Lock::Off).access(Access::ReadOnly), backing.clone()),
+        Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
     let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
     let disk = match wanted.how {

@@ -38,8 +38,8 @@ pub use pass::{Pass, PassError, WINDOW};
 use crate::blocking;
 use crate::disk::{Discarded, Disk, DiskQueue, Geometry, Region};
 use control::{Shared, Tracking, Wanted};
-use second::Second;
 pub use second::Discards;
+use second::Second;
 
 /// How long the queues may take to finish what they have in flight, unless the caller says.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -184,7 +184,9 @@ impl Paused {
         }
         if new.logical_block > old.logical_block {
             let (old, new) = (old.logical_block, new.logical_block);
-            return Err(LiveError::Unfit(format!("its blocks have {new} bytes, the guest's {old}")));
+            return Err(LiveError::Unfit(format!(
+                "its blocks have {new} bytes, the guest's {old}"
+            )));
         }
         if new.read_only != old.read_only {
             return Err(LiveError::Unfit("one of both is read-only".into()));

@@ -101,8 +101,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Shared {
-        let control =
-            Control { wanted: Wanted::Pass, stations: Vec::new(), owner: Owner::Nobody };
+        let control = Control { wanted: Wanted::Pass, stations: Vec::new(), owner: Owner::Nobody };
         Shared {
             generation: AtomicU64::new(1),
             control: Mutex::new(control),

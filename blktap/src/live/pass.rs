@@ -178,12 +178,19 @@ impl Pass {
         let len = (range.end - range.start) as usize;
         let memory: &[Page] = &self.pages;
         // SAFETY: pages of plain bytes in a row, of which a window has as many as it has bytes.
-        let all = unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<u8>(), WINDOW as usize) };
+        let all =
+            unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<u8>(), WINDOW as usize) };
         &all[from..from + len]
     }
 
     /// Sends a range, in pieces, to or from its place in memory.
-    fn pieces(&mut self, side: Side, op: Op, range: Range<u64>, base: u64) -> Result<(), PassError> {
+    fn pieces(
+        &mut self,
+        side: Side,
+        op: Op,
+        range: Range<u64>,
+        base: u64,
+    ) -> Result<(), PassError> {
         let mut at = range.start;
         while at < range.end {
             let end = (at / PIECE * PIECE + PIECE).min(range.end);
@@ -205,7 +212,13 @@ impl Pass {
         }
     }
 
-    fn send(&mut self, side: Side, op: Op, range: &Range<u64>, bufs: &[IoBuf]) -> Result<(), PassError> {
+    fn send(
+        &mut self,
+        side: Side,
+        op: Op,
+        range: &Range<u64>,
+        bufs: &[IoBuf],
+    ) -> Result<(), PassError> {
         let request =
             Request { op, offset: range.start, len: range.end - range.start, bufs, token: 0 };
         while self.queue(side).submit(&request).is_err() {

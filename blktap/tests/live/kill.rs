@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blktap::formats::qcow2::create::{CreateOptions, create};
 use blktap::formats::BackingName;
+use blktap::formats::qcow2::create::{CreateOptions, create};
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::live::jobs::{self, AtTheEnd, Host, JobError, Old, Opening, Scene, Stage, Watch};
 use blktap::live::{LiveDisk, Name};
@@ -24,9 +24,8 @@ const ROLE: &str = "RINGBACK_TEST_LIVE_KILL";
 const SIZE: u64 = 12 << 20;
 const BLOCK: usize = 4096;
 const BLOCKS: u64 = SIZE / BLOCK as u64;
-const JOBS: [&str; 8] = [
-    "snapshot", "rename", "mirror", "commit", "commit-base", "stream", "stream-base", "coalesce",
-];
+const JOBS: [&str; 8] =
+    ["snapshot", "rename", "mirror", "commit", "commit-base", "stream", "stream-base", "coalesce"];
 
 /// The folder stands for xenstore as well.
 struct Here(PathBuf);
@@ -48,7 +47,7 @@ impl Host for Here {
         let (file, backing) = match how {
             Opening::Guest => (file, BackingPolicy::Allow(Vec::new())),
             Opening::Below => (file.lock(Lock::Off), BackingPolicy::Allow(Vec::new())),
-            Opening::Alone => {
+            Opening::Read | Opening::Alone => {
                 (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore)
             }
         };
@@ -84,9 +83,7 @@ fn carry_out(here: &Here, live: &Arc<LiveDisk>, job: &str) -> Result<(), JobErro
     let base = here.0.join("base");
     match job {
         "snapshot" => jobs::snapshot(&scene, &here.qcow2("new"), &Old::Keeps).map(drop),
-        "rename" => {
-            jobs::snapshot(&scene, &here.qcow2("new"), &Old::Moves("old".into())).map(drop)
-        }
+        "rename" => jobs::snapshot(&scene, &here.qcow2("new"), &Old::Moves("old".into())).map(drop),
         "mirror" => jobs::mirror(&scene, &here.qcow2("copy"), AtTheEnd::Switch),
         "commit" => jobs::commit(&scene, None),
         "commit-base" => jobs::commit(&scene, Some(&base)),
@@ -134,7 +131,6 @@ fn make(folder: &Path) {
             disk.close().expect("closed");
         }
     }
-    Here(folder.to_owned()).record(&Here(folder.to_owned()).qcow2("top")).expect("params");
 }
 
 /// The guest and the job, in the process that is killed. Says what it is about to write and what
@@ -203,7 +199,11 @@ fn judge(before: &[u8], after: &[u8], told: &str, what: &str) {
         let later = numbers.iter().skip(safe.unwrap_or(0));
         let found = later.map(|n| n.to_le_bytes().repeat(BLOCK / 8)).any(|text| text == new);
         let kept = safe.is_none() && old == new;
-        assert!(found || kept, "{what}: block {block} is lost: it holds {:?}, not {numbers:?}, flushed {flushed}", &new[..8]);
+        assert!(
+            found || kept,
+            "{what}: block {block} is lost: it holds {:?}, not {numbers:?}, flushed {flushed}",
+            &new[..8]
+        );
     }
 }
 
@@ -213,7 +213,8 @@ fn check(folder: &Path, what: &str) {
         // An overlay that nobody has opened yet names what will be called so.
         let nameless = name == "new" && !folder.join("old").exists() && what.starts_with("rename");
         if path.exists() && !nameless {
-            let output = Command::new("qemu-img").args(["check", "-U", "-f", "qcow2"]).arg(&path).output();
+            let output =
+                Command::new("qemu-img").args(["check", "-U", "-f", "qcow2"]).arg(&path).output();
             let output = output.expect("qemu-img (package qemu-utils)");
             // Clusters that nobody uses may be left.
             let code = output.status.code();
@@ -251,13 +252,19 @@ fn killed_jobs_are_completed() {
         return be_killed(&role);
     }
     let mut seed = 0x2545_f491_4f6c_dd1d;
+    let template = crate::support::folder();
+    make(template.path());
     for job in JOBS {
         let (mut done, mut undone) = (0, 0);
         for round in 0..10 {
             let what = format!("{job}, round {round}");
             let folder = crate::support::folder();
-            make(folder.path());
+            for name in ["base", "one", "top", "copy"] {
+                let copied = std::fs::copy(template.path().join(name), folder.path().join(name));
+                copied.expect("a copy");
+            }
             let here = Here(folder.path().to_owned());
+            here.record(&here.qcow2("top")).expect("params");
             let before = read(&here);
             let after = Duration::from_micros(next(&mut seed) % 60_000);
             let told = kill(folder.path(), job, next(&mut seed), after);
@@ -266,7 +273,11 @@ fn killed_jobs_are_completed() {
             check(folder.path(), &what);
             judge(&before, &found, &told, &what);
             let ended = is_done(&here, job);
-            if ended { done += 1 } else { undone += 1 }
+            if ended {
+                done += 1
+            } else {
+                undone += 1
+            }
             if !ended {
                 let live = LiveDisk::new(here.open(&here.name(), Opening::Guest).expect("a disk"));
                 carry_out(&here, &live, job).unwrap_or_else(|e| panic!("{what}, again: {e}"));

@@ -91,7 +91,8 @@ impl DiskQueue for LateQueue {
                 break;
             }
             let t = self.taken.swap_remove(at);
-            let r = Request { op: t.op, offset: t.offset, len: t.len, bufs: &t.bufs, token: t.token };
+            let r =
+                Request { op: t.op, offset: t.offset, len: t.len, bufs: &t.bufs, token: t.token };
             self.inner.submit(&r).expect("room");
             self.carried.fetch_add(1, Ordering::Relaxed);
         }

@@ -87,9 +87,7 @@ impl Change for Retire {
     /// Emptied, on what was written, it reads the same.
     fn undo(&mut self) -> Result<(), JobError> {
         match self.moved.take() {
-            Some(to) => {
-                std::fs::rename(to, &self.top.path).map_err(about(self.top.path.display()))
-            }
+            Some(to) => std::fs::rename(to, &self.top.path).map_err(about(self.top.path.display())),
             None => Ok(()),
         }
     }

@@ -47,7 +47,10 @@ pub fn mirror(scene: &Scene<'_>, target: &Name, end: AtTheEnd) -> Result<(), Job
     drop(copy);
     if end == AtTheEnd::Switch {
         scene.swap(&paused, target, &mut Nothing)?;
-        tracing::info!("{target}: the guest goes on here; paused for {} ms", paused.lasted().as_millis());
+        tracing::info!(
+            "{target}: the guest goes on here; paused for {} ms",
+            paused.lasted().as_millis()
+        );
     }
     Ok(())
 }

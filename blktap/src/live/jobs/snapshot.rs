@@ -7,9 +7,9 @@ use std::time::SystemTime;
 use super::paths::{name_from, real_path, same_file, sync_folder};
 use super::{Change, JobError, Nothing, Opening, Scene, Stage, about};
 use crate::disk::Disk;
+use crate::formats::BackingName;
 use crate::formats::qcow2::create as qcow2;
 use crate::formats::vhd::{self, NewParent, Vhd};
-use crate::formats::BackingName;
 use crate::image::{ImageFormat, StatusPlace};
 use crate::live::Name;
 use crate::storage::{self, Cache, FileStorage, OpenOptions};
@@ -43,7 +43,8 @@ pub fn snapshot(scene: &Scene<'_>, overlay: &Name, old: &Old) -> Result<Name, Jo
         let moves = Moves::new(base, to, path)?;
         if format != base_format {
             // A reader of the old name would take one for the other.
-            let text = format!("an overlay of format {base_format} can take over the name, not {format}");
+            let text =
+                format!("an overlay of format {base_format} can take over the name, not {format}");
             return Err(JobError::Other(text));
         }
         (named, below) = (scene.name.clone(), moves.to.clone());
