@@ -441,6 +441,7 @@ impl Serving {
             }),
             Command::Commit { base } => self.jobs.begin(Task::Commit { base }),
             Command::Stream { base } => self.jobs.begin(Task::Stream { base }),
+            Command::Grow { size } => self.jobs.begin(Task::Grow { size }),
             Command::Coalesce { layer } => self.jobs.begin(Task::Coalesce { layer }),
             Command::Job {} => self.jobs.tell(),
             Command::Cancel {} => self.jobs.cancel(),
@@ -465,6 +466,7 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     let (file, backing) = match wanted.how {
         Opening::Guest => (file, backing.clone()),
         Opening::Below => (file.lock(Lock::Off), backing.clone()),
+        Opening::Read => (file.lock(Lock::Off).access(Access::ReadOnly), backing.clone()),
         Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
     let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);

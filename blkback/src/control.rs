@@ -59,6 +59,11 @@ pub(crate) enum Command {
         /// Its file.
         layer: PathBuf,
     },
+    /// Give the disk more bytes.
+    Grow {
+        /// How many it has then.
+        size: u64,
+    },
     /// What is known of the last job.
     Job {},
     /// End the job.

@@ -49,6 +49,10 @@ pub(crate) enum Task {
     Coalesce {
         layer: PathBuf,
     },
+    Grow {
+        /// Bytes.
+        size: u64,
+    },
 }
 
 /// Whether a job waits for the word: a snapshot for those of other disks.
@@ -69,6 +73,7 @@ impl Task {
             Task::Commit { .. } => "commit",
             Task::Stream { .. } => "stream",
             Task::Coalesce { .. } => "coalesce",
+            Task::Grow { .. } => "grow",
         }
     }
 
@@ -339,6 +344,7 @@ fn run(live: &Arc<LiveDisk>, place: &Place, job: &Job) {
         Task::Commit { base } => jobs::commit(&scene, base.as_deref()),
         Task::Stream { base } => jobs::stream(&scene, base.as_deref()),
         Task::Coalesce { layer } => jobs::coalesce(&scene, layer),
+        Task::Grow { size } => jobs::grow(&scene, *size),
     };
     let id = place.nodes.id();
     let kind = job.task.kind();

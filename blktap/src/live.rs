@@ -248,11 +248,18 @@ impl Tracked {
         &self.live
     }
 
-    /// Goes over to a pause without letting a request pass between: when this returns, the second
+    /// After the whole disk was passed: goes over to a pause without letting a request pass between: when this returns, the second
     /// disk has all that the guest was told is written. Back to passing on an error.
     pub fn pause(mut self, limit: Duration) -> Result<Paused, LiveError> {
         let live = Arc::clone(&self.live);
         let since = Instant::now();
+        if let Some(why) = self.failure() {
+            return Err(LiveError::Unfit(why));
+        }
+        if self.at < live.geometry().size {
+            // What the window holds would not end.
+            return Err(LiveError::Unfit("the copy is not complete".into()));
+        }
         live.shared.reach(Wanted::Paused, limit)?;
         // No queue has it any more, so its thread ends and lets the disk go.
         let failure = self.failure();

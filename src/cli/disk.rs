@@ -292,6 +292,10 @@ pub enum Preallocation {
 
 #[derive(Args)]
 pub struct Resize {
+    /// The disk of a running guest, as DOMID/VDEV, instead of an image that nobody serves. It can
+    /// only grow, and the guest is told: `ringback disk resize --live 3/xvda +1G`.
+    #[arg(long, value_name = "DOMID/VDEV", conflicts_with_all = ["format", "shrink", "size"])]
+    pub live: Option<String>,
     /// Its format; without it, what its first bytes say, but never raw.
     #[arg(short, long, value_name = "FORMAT")]
     pub format: Option<String>,
@@ -307,11 +311,11 @@ pub struct Resize {
     pub progress: Progress,
     #[command(flatten)]
     pub output: Output,
-    /// The image.
+    /// The image. With --live, the new size.
     pub file: String,
     /// The new size, or by how much it changes (+1G, -512M).
-    #[arg(allow_hyphen_values = true)]
-    pub size: String,
+    #[arg(allow_hyphen_values = true, required_unless_present = "live")]
+    pub size: Option<String>,
 }
 
 #[derive(Args)]

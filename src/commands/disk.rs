@@ -56,6 +56,7 @@ pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
         Disk::Info(options) => info::run(options),
         Disk::Check(options) => check::run(options),
         Disk::Convert(options) => convert::run(options),
+        Disk::Resize(options) if options.live.is_some() => live::resize(&devices()?, options),
         Disk::Resize(options) => resize::run(options),
         Disk::Map(options) => map::run(options),
         Disk::Measure(options) => measure::run(options),

@@ -124,7 +124,7 @@ fn three_deep(format: &str) -> Guest {
         image(folder.path(), format, name, Some(below));
         below = (name, format);
         if format == "qcow2" {
-            let at = n as u64 * 3 << 20;
+            let at = n as u64 * (3 << 20);
             let (write, zero) =
                 (format!("write -P {} {at} 7M", n + 1), format!("write -z {at} 70k"));
             let path = folder.path().join(name);
@@ -236,4 +236,154 @@ fn layers_are_coalesced_one_after_the_other() {
     guest.copy("xvda", "seen");
     let folder = guest.end();
     judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("top"))));
+}
+
+#[test]
+fn disks_grow() {
+    for format in ["raw", "qcow2", "vhd"] {
+        let folder = folder();
+        image(folder.path(), format, "disk", None);
+        let guest = Guest::start(folder, &[&format!("{format}:disk")]);
+        let mut fio = guest.fio("xvda", 3, 60);
+        assert!(guest.refused(&["resize", "--live", XVDA, "1M"]).contains("only grow"));
+        guest.ok(&["resize", "--live", XVDA, "+16M"]);
+        assert!(fio.runs(), "fio has ended too early");
+        fio.well();
+        let info = well("qemu-img", &["info", "--output=json", "-f", "raw", &guest.uri("xvda")]);
+        let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
+        assert_eq!(info["virtual-size"].as_u64(), Some(SIZE + (16 << 20)), "{format}");
+        guest.copy("xvda", "seen");
+        let folder = guest.end();
+        judge(folder.path(), &format!("{format}:{}", text(&folder.path().join("disk"))));
+    }
+}
+
+/// Two disks that are written in turns: at any moment the second has what the first has, or the
+/// write before.
+#[test]
+fn disks_are_taken_at_one_moment() {
+    use blktap::{Disk, NbdDisk, NbdOptions, NbdTarget, blocking};
+    let folder = folder();
+    for name in ["a", "b"] {
+        image(folder.path(), "raw", name, None);
+    }
+    let guest = Guest::start(folder, &["raw:a", "raw:b"]);
+    let open = |vdev: &str| {
+        let target = NbdTarget::parse(&guest.uri(vdev)).expect("an address");
+        NbdDisk::open(NbdOptions::new(target)).expect("connect").queue(1).expect("queue")
+    };
+    let (mut a, mut b) = (open("xvda"), open("xvdb"));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let written = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut number = 0u64;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                number += 1;
+                let text = number.to_le_bytes().repeat(512);
+                blocking::write_at(&mut *a, 0, &text).expect("a write");
+                blocking::write_at(&mut *b, 0, &text).expect("a write");
+            }
+            number
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        let said = guest.ok(&[
+            "snapshot",
+            "create",
+            "--live",
+            XVDA,
+            "--overlay",
+            "a1",
+            "--live",
+            "1/xvdb",
+            "--overlay",
+            "b1",
+        ]);
+        assert_eq!(said.matches("snapshot done").count(), 2, "{said}");
+        // The second cannot: none is changed.
+        std::fs::write(guest.path("b2"), "somebody's").expect("a file");
+        let refused = guest.refused(&[
+            "snapshot",
+            "create",
+            "--live",
+            XVDA,
+            "--overlay",
+            "a2",
+            "--live",
+            "1/xvdb",
+            "--overlay",
+            "b2",
+        ]);
+        assert!(refused.contains("there is a file of that name"), "{refused}");
+        std::thread::sleep(Duration::from_millis(200));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        writer.join().expect("a writer")
+    });
+    for (device, overlay) in [(XVDA, "a1"), ("1/xvdb", "b1")] {
+        let name = format!("qcow2:{}", text(&guest.path(overlay)));
+        assert_eq!(guest.job(device)["disk"], name);
+    }
+    assert!(!guest.path("a2").exists(), "it is not used");
+    drop((a, b));
+    let number = |name: &str| {
+        let bytes = std::fs::read(guest.path(name)).expect("an image");
+        u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"))
+    };
+    let (a, b) = (number("a"), number("b"));
+    assert!(a > 0 && a < written && (a == b || a == b + 1), "{a} and {b} of {written}");
+    guest.end();
+}
+
+#[test]
+fn an_overlay_takes_over_the_name() {
+    let folder = folder();
+    image(folder.path(), "qcow2", "disk", None);
+    let guest = Guest::start(folder, &["qcow2:disk"]);
+    let mut fio = guest.fio("xvda", 4, 70);
+    for old in ["old-1", "old-2"] {
+        let overlay = ["--overlay", "new", "--rename", old];
+        guest.ok(&[&["snapshot", "create", "--live", XVDA], &overlay[..]].concat());
+    }
+    assert!(fio.runs(), "fio has ended too early");
+    fio.well();
+    assert!(!guest.path("new").exists());
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    // A guest that is started again by its configuration finds all of it.
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("disk"))));
+    let guest = Guest::start(folder, &["qcow2:disk"]);
+    let refused = guest.refused(&[
+        "snapshot",
+        "create",
+        "--live",
+        XVDA,
+        "--overlay",
+        "v",
+        "-O",
+        "vhd",
+        "--rename",
+        "old-3",
+    ]);
+    assert!(refused.contains("take over the name"), "{refused}");
+    guest.end();
+}
+
+#[test]
+fn jobs_are_cancelled() {
+    let guest = three_deep("qcow2");
+    let fio = guest.fio("xvda", 3, 80);
+    guest.ok(&["mirror", "--live", XVDA, "--hold", "--switch", "copy"]);
+    guest.ok(&["cancel", "--live", XVDA]);
+    let end = Instant::now() + Duration::from_secs(10);
+    while guest.job(XVDA)["state"] != "cancelled" {
+        assert!(Instant::now() < end, "{}", guest.job(XVDA));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(guest.job(XVDA)["disk"].as_str().expect("a name").ends_with("/top"));
+    assert!(guest.refused(&["cancel", "--live", XVDA]).contains("no job runs"));
+    fio.well();
+    // Once more, into what the first has left.
+    guest.ok(&["mirror", "--live", XVDA, "--switch", "-n", "copy"]);
+    guest.copy("xvda", "seen");
+    let folder = guest.end();
+    judge(folder.path(), &format!("qcow2:{}", text(&folder.path().join("copy"))));
 }

@@ -40,17 +40,21 @@ struct Guest {
 }
 
 impl Guest {
-    /// With a disk of each of these images, which are made in its folder before.
+    /// With a disk, from xvda on, of each of these images, which are made in its folder before.
     fn start(folder: tempfile::TempDir, disks: &[&str]) -> Guest {
+        let mut settings = String::new();
+        for (disk, letter) in disks.iter().zip('a'..) {
+            let (format, name) = disk.split_once(':').expect("FORMAT:NAME");
+            let path = folder.path().join(name);
+            let target = format!("{format}:{}", text(&path));
+            settings += &format!("[[disk]]\nvdev = \"xvd{letter}\"\ntarget = \"{target}\"\n");
+        }
+        let file = folder.path().join("guest.toml");
+        std::fs::write(&file, settings).expect("a file");
         let mut command = Command::new(RINGBACK);
         // Where its run folder is made.
         command.env("TMPDIR", folder.path()).env("RINGBACK_LOG", "warn");
-        command.args(["run", "--overwrite", "--nbd"]).arg(folder.path().join("ring"));
-        for disk in disks {
-            let (format, name) = disk.split_once(':').expect("FORMAT:NAME");
-            let path = folder.path().join(name);
-            command.arg("--disk").arg(format!("{format}:{}", text(&path)));
-        }
+        command.args(["run", "--overwrite", "--nbd"]).arg(folder.path().join("ring")).arg(file);
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("ringback");
         let out = child.stdout.take().expect("its output");

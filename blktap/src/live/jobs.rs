@@ -6,6 +6,7 @@
 mod chain;
 mod coalesce;
 mod commit;
+mod grow;
 mod mirror;
 mod paths;
 mod snapshot;
@@ -18,6 +19,7 @@ use std::time::Duration;
 pub use chain::Layer;
 pub use coalesce::coalesce;
 pub use commit::commit;
+pub use grow::grow;
 pub use mirror::{AtTheEnd, mirror};
 pub use snapshot::{Old, snapshot};
 pub use stream::stream;
@@ -61,6 +63,8 @@ pub enum Opening {
     Guest,
     /// To be written beside a chain that has it open for reading, and that keeps it locked.
     Below,
+    /// For reading, with all it builds on, beside those who have it open too.
+    Read,
     /// For reading, without what it builds on.
     Alone,
 }

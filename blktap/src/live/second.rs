@@ -88,7 +88,7 @@ impl Second {
     /// Whether a change is carried out here.
     pub(super) fn wants(&self, op: Op) -> bool {
         let discards = matches!(op, Op::Discard | Op::SecureDiscard);
-        !self.failed.load(Ordering::Relaxed) && !(discards && self.discards == Discards::Drop)
+        !(self.failed.load(Ordering::Relaxed) || discards && self.discards == Discards::Drop)
     }
 
     /// Takes a range for a change of both disks; `false`: another change has a part of it, and

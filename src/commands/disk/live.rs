@@ -11,10 +11,11 @@ use blktap::storage::Cache;
 use super::create::{self, NewImage};
 use super::open::{is_nbd, parse_format};
 use super::options::Options;
+use super::resize::new_size;
 use super::work::Work;
 use super::{Result, Usage, document};
-use crate::cli::disk::Commit;
 use crate::cli::disk::live::{Coalesce, CreateSnapshot, Mirror, OnLive, Stream};
+use crate::cli::disk::{Commit, Resize};
 use crate::commands::{Context, live};
 
 /// How often a job is asked how far it is.
@@ -65,6 +66,18 @@ impl<'a> Begun<'a> {
 
     fn say(&self, command: &str) -> Result<Value> {
         live::ask(self.context, self.device, &json!({"command": command}))
+    }
+
+    /// Cancels the job, unless it has ended, and waits for its end.
+    fn give_up(&self) -> Result<()> {
+        if !self.look()?.has_ended() {
+            // It may end meanwhile.
+            let _ = self.say("cancel");
+            while !self.look()?.has_ended() {
+                std::thread::sleep(LOOK);
+            }
+        }
+        Ok(())
     }
 
     /// Waits until the job has come to `state`, or fails. A signal cancels it.
@@ -175,6 +188,20 @@ pub fn commit(context: &Context, options: &Commit) -> Result {
     run(context, &on, &json!({"command": "commit", "base": base}), "done")
 }
 
+/// `ringback disk resize --live`.
+pub fn resize(context: &Context, options: &Resize) -> Result {
+    let device = options.live.clone().unwrap_or_default();
+    let old = live::ask(context, &device, &json!({"command": "job"}))?;
+    let old = old.get("size").and_then(Value::as_u64).ok_or("no size")?;
+    let size = new_size(&options.file, old)?;
+    let (progress, output) = (options.progress.clone(), options.output.clone());
+    let on = OnLive { live: device.clone(), no_wait: false, progress, output };
+    let code = run(context, &on, &json!({"command": "grow", "size": size}), "done")?;
+    // At once, and not when the device looks the next time.
+    live::ask(context, &device, &json!({"command": "resize"}))?;
+    Ok(code)
+}
+
 /// `ringback disk mirror`.
 pub fn mirror(context: &Context, options: &Mirror) -> Result {
     let target = target(&options.target, &options.output_format)?;
@@ -213,8 +240,8 @@ pub fn snapshot(context: &Context, options: &CreateSnapshot) -> Result {
     let result = take(context, options, &mut begun, &mut work);
     if result.is_err() {
         // They go back to where they were.
-        for job in begun.iter().filter(|b| b.look().is_ok_and(|job| !job.has_ended())) {
-            if let Err(e) = job.say("cancel") {
+        for job in &begun {
+            if let Err(e) = job.give_up() {
                 eprintln!("ringback: {e}");
             }
         }

@@ -21,7 +21,7 @@ pub fn run(options: &Resize) -> Result {
     let opening = Opening::to_write(&options.file, options.format.as_deref(), &options.allow);
     let format = opening.format()?;
     let old = formats::size(&opening, format)?;
-    let new = new_size(&options.size, old)?;
+    let new = new_size(options.size.as_deref().unwrap_or_default(), old)?;
     if new < old && !options.shrink {
         return Err(format!(
             "{}: it would become smaller, from {old} to {new} bytes, and lose what lies beyond: \
@@ -52,7 +52,7 @@ pub fn run(options: &Resize) -> Result {
 }
 
 /// The size that is meant, in whole sectors.
-fn new_size(text: &str, old: u64) -> Result<u64> {
+pub fn new_size(text: &str, old: u64) -> Result<u64> {
     let wrong = || Usage(format!("{text}: from {old} bytes that is no possible size"));
     let size = match text.as_bytes().first() {
         Some(b'+') => old.checked_add(sizes::parse(&text[1..])?),

@@ -2,7 +2,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::chain::{self, Layer};
+use super::chain::{self, Layer, Rebase};
 use super::mirror::open_pass;
 use super::{Change, JobError, Opening, Scene, about};
 use crate::copy::{Before, Part};
@@ -41,7 +41,7 @@ pub fn commit(scene: &Scene<'_>, base: Option<&Path>) -> Result<(), JobError> {
     drop(leases);
     below.close().map_err(about(&name))?;
     drop(below);
-    let mut change = Retire { top: layers[0].clone(), moved: None };
+    let mut change = Retire::new(&layers, at)?;
     scene.swap(&paused, &name, &mut change)?;
     tracing::info!("{name}: the guest goes on here; paused for {} ms", paused.lasted().as_millis());
     Ok(())
@@ -50,12 +50,29 @@ pub fn commit(scene: &Scene<'_>, base: Option<&Path>) -> Result<(), JobError> {
 /// The end of an image whose data are all in what it builds on.
 struct Retire {
     top: Layer,
+    /// It builds on the one that was written, where that was not the nearest.
+    rebase: Option<Rebase>,
     moved: Option<PathBuf>,
+}
+
+impl Retire {
+    fn new(layers: &[Layer], at: usize) -> Result<Retire, JobError> {
+        let top = layers[0].clone();
+        let rebase = match top.format == ImageFormat::Qcow2 && at > 1 {
+            true => Some(Rebase::new(&top, layers.get(1), layers.get(at))?),
+            false => None,
+        };
+        Ok(Retire { top, rebase, moved: None })
+    }
 }
 
 impl Change for Retire {
     fn make(&mut self) -> Result<(), JobError> {
         let path = &self.top.path;
+        if let Some(rebase) = &mut self.rebase {
+            // It reads the same with all that it has.
+            rebase.make()?;
+        }
         if self.top.format == ImageFormat::Qcow2 {
             return resize::empty(&chain::file(path)?).map_err(about(path.display()));
         }
@@ -67,7 +84,7 @@ impl Change for Retire {
         super::paths::sync_folder(path)
     }
 
-    /// An empty image reads the same.
+    /// Emptied, on what was written, it reads the same.
     fn undo(&mut self) -> Result<(), JobError> {
         match self.moved.take() {
             Some(to) => std::fs::rename(to, &self.top.path).map_err(about(self.top.path.display())),

@@ -75,6 +75,14 @@ fn take(scene: &Scene<'_>, named: &Name, change: &mut dyn Change) -> Result<(), 
     Ok(())
 }
 
+/// What an overlay is called until it is whole. A file of that name is nobody's.
+fn draft_of(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".ringback-new");
+    path.with_file_name(name)
+}
+
 struct NewOverlay<'a> {
     path: &'a Path,
     format: ImageFormat,
@@ -90,21 +98,31 @@ impl NewOverlay<'_> {
     fn make(&self, scene: &Scene<'_>) -> Result<(), JobError> {
         let path = self.path;
         let name = name_from(path, self.below)?;
-        // What an interrupted snapshot has left.
-        if path.exists() && !self.is_left_over(scene, &name) {
-            let text = format!("{}: there is a file of that name", path.display());
-            return Err(JobError::Other(text));
+        // What an interrupted snapshot has left, whole.
+        if path.exists() {
+            if !self.is_left_over(scene, &name) {
+                let text = format!("{}: there is a file of that name", path.display());
+                return Err(JobError::Other(text));
+            }
+            std::fs::remove_file(path).map_err(about(path.display()))?;
         }
-        let file = File::options().create(true).truncate(false).write(true).open(path);
-        drop(file.map_err(about(path.display()))?);
-        let options = OpenOptions::new(path).cache(Cache::Writeback);
-        let storage = storage::open(&options).map_err(about(path.display()))?;
-        let made = self.write(scene, &storage, name).and_then(|()| sync_folder(path));
-        if made.is_err() {
-            // Nothing names it.
-            let _ = std::fs::remove_file(path);
-        }
-        made
+        // It has its name when it is whole.
+        let draft = draft_of(path);
+        let made = self.write_draft(scene, &draft, name);
+        let made = made.and_then(|()| {
+            std::fs::hard_link(&draft, path).map_err(about(path.display()))?;
+            sync_folder(path)
+        });
+        let removed = std::fs::remove_file(&draft).map_err(about(draft.display()));
+        made.and(removed)
+    }
+
+    fn write_draft(&self, scene: &Scene<'_>, draft: &Path, name: String) -> Result<(), JobError> {
+        let file = File::options().create(true).truncate(true).write(true).open(draft);
+        drop(file.map_err(about(draft.display()))?);
+        let options = OpenOptions::new(draft).cache(Cache::Writeback);
+        let storage = storage::open(&options).map_err(about(draft.display()))?;
+        self.write(scene, &storage, name)
     }
 
     fn write(&self, scene: &Scene<'_>, to: &FileStorage, name: String) -> Result<(), JobError> {
@@ -141,9 +159,6 @@ impl NewOverlay<'_> {
 
     /// Whether what is there is an overlay of this disk that has nothing of its own.
     fn is_left_over(&self, scene: &Scene<'_>, name: &str) -> bool {
-        if std::fs::metadata(self.path).is_ok_and(|m| m.len() == 0) {
-            return true;
-        }
         let there = Name::File { format: self.format, path: self.path.to_owned() };
         let Ok(disk) = scene.host.open(&there, Opening::Alone) else { return false };
         let Some(image) = disk.image() else { return false };
