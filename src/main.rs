@@ -27,12 +27,18 @@ fn main() -> ExitCode {
 }
 
 /// Management tools start a vhost-user back-end by a path alone, and add options: under this name
-/// (a link) the program is one.
+/// (a link) the program is one. Beside --print-capabilities no other argument counts.
 fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const COMMAND: [&str; 2] = ["export", "vhost-user-blk"];
+    const CAPABILITIES: &str = "--print-capabilities";
     let mut all: Vec<OsString> = given.collect();
     let name = all.first().and_then(|path| Path::new(path).file_name());
     if name.is_some_and(|name| name == "vhost-user-blk-ringback") {
-        all.splice(1..1, ["export", "vhost-user-blk"].map(OsString::from));
+        all.splice(1..1, COMMAND.map(OsString::from));
+    }
+    if all.iter().skip(1).take(2).eq(COMMAND.iter()) && all.iter().any(|a| a == CAPABILITIES) {
+        all.truncate(3);
+        all.push(CAPABILITIES.into());
     }
     all
 }

@@ -31,15 +31,13 @@ Examples:
     /// server had in flight its successor carries out, if the front-end reconnects. A file or a
     /// device that has grown is noticed within a second, and the guest is told. SIGTERM ends it:
     /// requests that it has taken are carried out and answered, and the image is flushed.
-    #[command(
-        after_help = "\
+    #[command(after_help = "\
 Examples:
   ringback export vhost-user-blk --socket-path /run/a.sock a.raw
   ringback export vhost-user-blk --socket-path /run/a.sock --num-queues 4 -f qcow2 a.qcow2
 
 Under the name vhost-user-blk-ringback the program takes these options alone, as QEMU's back-end
-program conventions have it."
-    )]
+program conventions have it.")]
     VhostUserBlk(ExportVhostUserBlk),
 }
 

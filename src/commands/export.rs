@@ -16,9 +16,9 @@ use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
 
 use super::Result;
-pub use vhost_user::vhost_user_blk;
 use crate::cli::{CacheMode, ExportNbd};
 use crate::signals;
+pub use vhost_user::vhost_user_blk;
 
 impl From<CacheMode> for Cache {
     fn from(mode: CacheMode) -> Cache {

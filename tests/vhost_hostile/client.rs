@@ -168,7 +168,8 @@ impl Client {
 
     /// A message that is acknowledged, once that was agreed.
     fn say(&mut self, kind: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
-        let acknowledged = kind > SET_FEATURES && kind != SET_OWNER && kind != SET_PROTOCOL_FEATURES;
+        let acknowledged =
+            kind > SET_FEATURES && kind != SET_OWNER && kind != SET_PROTOCOL_FEATURES;
         let mut bytes = words(&[kind, if acknowledged { 9 } else { 1 }, payload.len() as u32]);
         bytes.extend(payload);
         self.send(&bytes, fds).expect("a message is taken");

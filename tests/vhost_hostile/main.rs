@@ -65,8 +65,10 @@ impl Backend {
         client.kick();
         assert_eq!(client.wait_used(1), 0, "a write");
         let mut bytes = [0; 4096];
-        File::open(self.folder.path().join("disk")).expect("the image")
-            .read_exact_at(&mut bytes, 4096).expect("its bytes");
+        File::open(self.folder.path().join("disk"))
+            .expect("the image")
+            .read_exact_at(&mut bytes, 4096)
+            .expect("its bytes");
         assert_eq!(bytes, [0x5a; 4096]);
     }
 
@@ -313,7 +315,10 @@ fn descriptors_of_the_wrong_kind() {
         let table = Client::table(&[[GUEST, BYTES, USER, 0]]);
         client.tell(SET_MEM_TABLE, &table, &[end.as_fd()]);
     };
-    wrong_message(socket, "memory: the descriptor of the region at guest address 0x100000: it is no file");
+    wrong_message(
+        socket,
+        "memory: the descriptor of the region at guest address 0x100000: it is no file",
+    );
     let none = |client: &mut Client| {
         client.tell(SET_MEM_TABLE, &Client::table(&[[GUEST, BYTES, USER, 0]]), &[]);
     };
@@ -339,7 +344,10 @@ fn regions_that_cannot_be() {
         region.extend(longs(&[GUEST + 4096, 4096, USER + 4096, 0]));
         client.tell(ADD_MEM_REG, &region, &[fd.as_fd()]);
     };
-    wrong_message(overlap, "memory: a region of 0x1000 bytes at guest address 0x101000: it overlaps");
+    wrong_message(
+        overlap,
+        "memory: a region of 0x1000 bytes at guest address 0x101000: it overlaps",
+    );
     let unknown = |client: &mut Client| {
         let mut region = vec![0; 8];
         region.extend(longs(&[GUEST + 4096, 4096, USER + 4096, 0]));

@@ -128,7 +128,17 @@ fn heading(options: &BenchVhost, version: &str) {
     println!("beside {version}");
     println!(
         "{:7} {:5} {:>5} {:8} {:>10} {:>10} {:>6} {:>10} {:>10} {:>9} {:>9}",
-        "cache", "op", "depth", "client", "ringback", "qemu", "ratio", "us/req", "qemu", "null", "alone"
+        "cache",
+        "op",
+        "depth",
+        "client",
+        "ringback",
+        "qemu",
+        "ratio",
+        "us/req",
+        "qemu",
+        "null",
+        "alone"
     );
 }
 
@@ -197,9 +207,8 @@ impl<'a> Scene<'a> {
         let (image, theirs) = (folder.path().join("ours"), folder.path().join("theirs"));
         make(options, &image)?;
         make(options, &theirs)?;
-        let command = |kind, image| {
-            move |socket: &Path| command(options, caching, kind, image, socket)
-        };
+        let command =
+            |kind, image| move |socket: &Path| command(options, caching, kind, image, socket);
         Ok(Scene {
             ours: Served::start(command(Kind::Ours, &image))?,
             qemu: Served::start(command(Kind::Qemu, &theirs))?,

@@ -151,8 +151,7 @@ pub fn parse(memory: &Memory, chain: &Chain, bufs: &mut Vec<IoBuf>) -> Result<Re
         .ok_or(Broken::Request("is shorter than its header"))?;
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let (kind, sector) = (u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector));
-    let mut request =
-        Request { work: Err(IOERR), offset: 0, len: 0, status, room: written };
+    let mut request = Request { work: Err(IOERR), offset: 0, len: 0, status, room: written };
     let data = sum(readable) - HEADER as u64;
     match kind {
         c::VIRTIO_BLK_T_IN | c::VIRTIO_BLK_T_OUT => {

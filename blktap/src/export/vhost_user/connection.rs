@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -99,11 +99,7 @@ pub struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    pub fn new(
-        socket: UnixStream,
-        export: &Export,
-        stop: BorrowedFd<'a>,
-    ) -> Result<Self, Cause> {
+    pub fn new(socket: UnixStream, export: &Export, stop: BorrowedFd<'a>) -> Result<Self, Cause> {
         let device = Arc::new(Mutex::new(Device::new(export).map_err(Cause::Resources)?));
         let theirs = socket.try_clone().map_err(Cause::Resources)?;
         let handler = BackendReqHandler::from_stream(theirs, Arc::clone(&device));
@@ -242,11 +238,5 @@ impl<'a> Connection<'a> {
         // The device's own word is better than the crate's.
         self.device().take_cause()?;
         handled.map_err(|e| Cause::Refused(format!("{request:?}"), e))
-    }
-}
-
-impl AsFd for Connection<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }

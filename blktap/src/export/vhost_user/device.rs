@@ -215,7 +215,12 @@ impl Device {
     }
 
     /// The descriptor of a queue, made not to block.
-    fn event(&mut self, index: u8, what: &'static str, file: Option<File>) -> Result<Option<OwnedFd>> {
+    fn event(
+        &mut self,
+        index: u8,
+        what: &'static str,
+        file: Option<File>,
+    ) -> Result<Option<OwnedFd>> {
         self.vring(u32::from(index))?;
         let Some(fd) = file.map(OwnedFd::from) else { return Ok(None) };
         match is_eventfd(&fd) {
@@ -223,7 +228,6 @@ impl Device {
             false => self.refuse(Cause::Descriptor(u16::from(index), what)),
         }
     }
-
 }
 
 fn is_eventfd(fd: &OwnedFd) -> bool {
@@ -334,7 +338,8 @@ impl VhostUserBackendReqHandlerMut for Device {
         _: u64,
     ) -> Result<()> {
         if !flags.is_empty() {
-            return self.refuse(Cause::Vring(index as u16, "is to be logged, which was not offered"));
+            return self
+                .refuse(Cause::Vring(index as u16, "is to be logged, which was not offered"));
         }
         let addresses = Addresses { desc: descriptor, driver: available, device: used };
         let vring = self.vring(index)?;

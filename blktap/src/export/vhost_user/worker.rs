@@ -287,7 +287,8 @@ impl<R: Ring> Worker<R> {
     }
 
     fn submit(&mut self, id: u16, op: Op, offset: u64, len: u64) -> Result<(), Cause> {
-        let bufs = if matches!(op, Op::Read | Op::Write | Op::WriteFua) { &self.bufs[..] } else { &[] };
+        let bufs =
+            if matches!(op, Op::Read | Op::Write | Op::WriteFua) { &self.bufs[..] } else { &[] };
         let request = Request { op, offset, len, bufs, token: u64::from(id) };
         self.submitted = true;
         // One request an entry of the ring, and the queue was made for as many.

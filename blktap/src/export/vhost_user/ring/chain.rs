@@ -1,8 +1,6 @@
 //! Chains of descriptors, copied out of the table once and judged there.
 
-use virtio_bindings::virtio_ring::{
-    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 use super::super::memory::{Memory, Place};
 use super::{Broken, MAX_CHAIN};

@@ -270,11 +270,7 @@ impl PackedRecord {
     }
 
     /// Commits or takes back a publication that was cut short.
-    fn roll<'a>(
-        &mut self,
-        size: u16,
-        flags: impl Fn(u16) -> &'a AtomicU16,
-    ) -> Result<(), Broken> {
+    fn roll<'a>(&mut self, size: u16, flags: impl Fn(u16) -> &'a AtomicU16) -> Result<(), Broken> {
         let old = self.position(packed::OLD_USED_IDX, packed::OLD_USED_WRAP);
         let new = self.position(packed::USED_IDX, packed::USED_WRAP);
         if old.index >= size || new.index >= size {

@@ -277,8 +277,8 @@ impl Ring for Packed {
     }
 
     fn peek(&self) -> Pending {
-        let work = !self.again.is_empty()
-            || is_available(self.flags(self.taken.index), self.taken.wrap);
+        let work =
+            !self.again.is_empty() || is_available(self.flags(self.taken.index), self.taken.wrap);
         if work { Pending::Work } else { Pending::Nothing }
     }
 

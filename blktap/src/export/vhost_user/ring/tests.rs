@@ -502,9 +502,10 @@ fn model(table: &[Any], indirect: &[Any]) -> Option<Vec<(u64, u32, bool)>> {
     let mut out = Vec::new();
     if let Some(d) = walk(table, &mut out)? {
         // The indirect descriptor is the last, and its table whole and in the memory.
-        let inside = d.addr.checked_sub(GUEST).is_some_and(|from| {
-            from.checked_add(u64::from(d.len)).is_some_and(|end| end <= BYTES)
-        });
+        let inside = d
+            .addr
+            .checked_sub(GUEST)
+            .is_some_and(|from| from.checked_add(u64::from(d.len)).is_some_and(|end| end <= BYTES));
         if d.flags & 1 != 0 || d.len == 0 || d.len % 16 != 0 || !inside {
             return None;
         }
