@@ -27,16 +27,24 @@ fn main() -> ExitCode {
 }
 
 /// Under some names (links) the program is another: management tools start a vhost-user back-end by
-/// a path alone, and add options; storage managers call tap-ctl.
+/// a path alone, and add options; storage managers call tap-ctl. Beside --print-capabilities no
+/// other argument counts.
 fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    const BACK_END: [&str; 2] = ["export", "vhost-user-blk"];
+    const CAPABILITIES: &str = "--print-capabilities";
     let mut all: Vec<OsString> = given.collect();
     let name = all.first().and_then(|path| Path::new(path).file_name());
     let words: &[&str] = match name.and_then(|name| name.to_str()) {
-        Some("vhost-user-blk-ringback") => &["export", "vhost-user-blk"],
+        Some("vhost-user-blk-ringback") => &BACK_END,
         Some("tap-ctl") => &["tap-ctl"],
         _ => &[],
     };
-    all.splice(1.min(all.len())..1.min(all.len()), words.iter().map(OsString::from));
+    let at = all.len().min(1);
+    all.splice(at..at, words.iter().map(OsString::from));
+    if all.iter().skip(1).take(2).eq(BACK_END.iter()) && all.iter().any(|a| a == CAPABILITIES) {
+        all.truncate(3);
+        all.push(CAPABILITIES.into());
+    }
     all
 }
 

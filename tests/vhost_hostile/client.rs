@@ -194,7 +194,7 @@ impl Client {
     }
 
     /// Waits until the other side has closed the connection.
-    pub fn is_closed(mut self) {
+    pub fn until_closed(mut self) {
         let mut bytes = [0; 256];
         loop {
             match self.socket.read(&mut bytes) {

@@ -82,7 +82,7 @@ impl Backend {
     }
 
     /// It serves an honest front-end, and there is nothing to say of that.
-    fn is_well(self) {
+    fn ends_well(self) {
         self.serves();
         let said = self.end();
         assert!(said.is_empty(), "{said:?}");
@@ -111,9 +111,9 @@ fn broken_ring(lie: impl FnOnce(&mut Client), cause: &str) {
     let mut client = Client::start(&backend.socket);
     lie(&mut client);
     client.kick();
-    client.is_closed();
+    client.until_closed();
     backend.said(cause);
-    backend.is_well();
+    backend.ends_well();
 }
 
 /// A front-end that says something wrong.
@@ -121,9 +121,9 @@ fn wrong_message(say: impl FnOnce(&mut Client), cause: &str) {
     let backend = Backend::start();
     let mut client = Client::greet(&backend.socket);
     say(&mut client);
-    client.is_closed();
+    client.until_closed();
     backend.said(cause);
-    backend.is_well();
+    backend.ends_well();
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn payload_that_is_cut_off_is_an_error_of_that_request() {
     client.kick();
     assert_eq!(client.wait_used(1), 1, "VIRTIO_BLK_S_IOERR");
     drop(client);
-    backend.is_well();
+    backend.ends_well();
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn requests_that_the_disk_refuses_are_answered() {
         assert_eq!(client.wait_used(n as u16 + 1), status, "{kind} at {sector}");
     }
     drop(client);
-    backend.is_well();
+    backend.ends_well();
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn front_ends_that_just_go_and_the_last_that_is_there_at_the_end() {
     assert_eq!(last.wait_used(1), 0);
     // It stays while the server ends.
     assert_eq!(backend.end(), Vec::<String>::new());
-    last.is_closed();
+    last.until_closed();
 }
 
 #[test]
@@ -441,5 +441,5 @@ fn the_base_is_where_the_ring_stopped() {
     }
     assert_eq!(client.ask(GET_VRING_BASE, &words(&[0, 0])), words(&[0, 3]));
     drop(client);
-    Backend::again(backend.kill()).is_well();
+    Backend::again(backend.kill()).ends_well();
 }

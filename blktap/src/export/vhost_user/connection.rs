@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -238,11 +238,5 @@ impl<'a> Connection<'a> {
         // The device's own word is better than the crate's.
         self.device().take_cause()?;
         handled.map_err(|e| Cause::Refused(format!("{request:?}"), e))
-    }
-}
-
-impl AsFd for Connection<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }

@@ -4,6 +4,8 @@ mod chain;
 mod inflight;
 mod packed;
 mod split;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Chain, Desc};
 pub use inflight::{Area, stride};
@@ -128,7 +130,7 @@ pub trait Ring {
     fn disarm(&mut self);
     /// What SET_VRING_BASE needs to go on here, when nothing is in flight.
     fn base(&self) -> u32;
-    /// Nothing is in flight: the record of it is as new.
+    /// All that was taken is published: the record of it is as new.
     fn settle(&mut self);
 }
 

@@ -32,14 +32,13 @@ struct Place {
 }
 
 impl Place {
-    const FREE: Place = Place {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        torn: AtomicBool::new(false),
-    };
+    const fn free() -> Place {
+        let (start, len) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Place { start, len, torn: AtomicBool::new(false) }
+    }
 }
 
-static MAPPINGS: [Place; PLACES] = [const { Place::FREE }; PLACES];
+static MAPPINGS: [Place; PLACES] = [const { Place::free() }; PLACES];
 
 /// What SIGBUS did before.
 struct Before(UnsafeCell<MaybeUninit<libc::sigaction>>);

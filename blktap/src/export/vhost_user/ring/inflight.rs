@@ -4,11 +4,11 @@
 //!
 //! The region is written only; what was in it is read once, when a ring starts, and judged.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::Broken;
 use super::chain::Raw;
-use super::packed::{Position, is_available};
+use super::packed::{Position, available, is_available};
 use crate::export::vhost_user::memory::{Place, Window};
 
 const VERSION: usize = 8;
@@ -205,12 +205,12 @@ fn packed_entry(entry: u16) -> usize {
 type Chains = Vec<Vec<Raw>>;
 
 impl PackedRecord {
-    /// Takes the region up; `flags` reads those of a descriptor of the ring. `None`: it is new.
-    pub fn attach(
+    /// Takes the region up; `flags` are those of a descriptor of the ring. `None`: it is new.
+    pub fn attach<'a>(
         area: Area,
         size: u16,
         used: Position,
-        flags: impl Fn(u16) -> u16,
+        flags: impl Fn(u16) -> &'a AtomicU16,
     ) -> Result<(PackedRecord, Option<Chains>), Broken> {
         let known = area.judge(size)?;
         let mut record = PackedRecord {
@@ -270,13 +270,26 @@ impl PackedRecord {
     }
 
     /// Commits or takes back a publication that was cut short.
-    fn roll(&mut self, size: u16, flags: impl Fn(u16) -> u16) -> Result<(), Broken> {
+    fn roll<'a>(&mut self, size: u16, flags: impl Fn(u16) -> &'a AtomicU16) -> Result<(), Broken> {
         let old = self.position(packed::OLD_USED_IDX, packed::OLD_USED_WRAP);
         let new = self.position(packed::USED_IDX, packed::USED_WRAP);
         if old.index >= size || new.index >= size {
             return Err(Broken::Inflight("its place in the ring is none"));
         }
-        let published = new != old && !is_available(flags(old.index), old.wrap);
+        let first = u16::from_le(flags(old.index).load(Ordering::Acquire));
+        let published = new != old && !is_available(first, old.wrap);
+        if !published {
+            // Those behind the first may have been marked already: they would be taken for
+            // used as soon as the first one is.
+            let mut at = old;
+            for _ in 0..size {
+                if at == new {
+                    break;
+                }
+                flags(at.index).store(available(at.wrap).to_le(), Ordering::Release);
+                at = at.after(1, size);
+            }
+        }
         let free = if published { packed::FREE_HEAD } else { packed::OLD_FREE_HEAD };
         (self.used, self.free) = (if published { new } else { old }, self.word(free));
         self.set(packed::FREE_HEAD, self.free);

@@ -24,7 +24,12 @@ const FLAGS: usize = 14;
 const EVENT_AT: usize = 0;
 const EVENT_FLAGS: usize = 2;
 
-/// Whether flags say "available" to one whose wrap counter this is (2.8.1).
+/// Flags that say "available" to one whose wrap counter this is, and nothing else.
+pub(super) fn available(wrap: bool) -> u16 {
+    if wrap { AVAIL } else { USED }
+}
+
+/// Whether flags say so (2.8.1).
 pub(super) fn is_available(flags: u16, wrap: bool) -> bool {
     (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
 }
@@ -67,8 +72,8 @@ pub struct Packed {
     taken: Position,
     put: Position,
     published: Position,
-    /// Flags of the first descriptor that was put and not published: they go last.
-    first: Option<u16>,
+    /// Index and flags of the descriptors that were put and not published.
+    pending: Vec<(u16, u16)>,
     /// Entries that were put since they were published.
     unpublished: u16,
     /// Entries of the ring that each id in flight takes.
@@ -95,7 +100,8 @@ impl Packed {
             (Position::from_bits(base as u16), Position::from_bits((base >> 16) as u16));
         let (mut record, mut again) = (None, VecDeque::new());
         if let Some(area) = layout.inflight.take() {
-            let flags = |at: u16| Raw::at(layout.desc.place(), usize::from(at)).words[1];
+            let place = layout.desc.place();
+            let flags = |at: u16| place.u16(usize::from(at) * DESC + FLAGS);
             let (attached, found) = PackedRecord::attach(area, size, put, flags)?;
             if let Some(chains) = found {
                 put = attached.used();
@@ -113,7 +119,7 @@ impl Packed {
             taken,
             put,
             published: put,
-            first: None,
+            pending: Vec::with_capacity(usize::from(size)),
             unpublished: 0,
             held: vec![0; usize::from(size)],
             holding: 0,
@@ -236,11 +242,7 @@ impl Ring for Packed {
         place.u16(at + ID).store(id.to_le(), Ordering::Relaxed);
         let wrap = if self.put.wrap { AVAIL | USED } else { 0 };
         let flags = wrap | if written > 0 { WRITE } else { 0 };
-        if self.first.is_none() {
-            self.first = Some(flags);
-        } else {
-            place.u16(at + FLAGS).store(flags.to_le(), Ordering::Release);
-        }
+        self.pending.push((self.put.index, flags));
         self.put = self.put.after(entries, self.layout.size);
         self.unpublished += entries;
         if let Some(record) = &mut self.record {
@@ -249,13 +251,17 @@ impl Ring for Packed {
     }
 
     fn publish(&mut self) -> Notify {
-        let Some(flags) = self.first.take() else { return Notify::Skip };
+        if self.pending.is_empty() {
+            return Notify::Skip;
+        }
         if let Some(record) = &mut self.record {
             record.announce(self.put);
         }
-        // The driver goes through them in order: none is seen before the first.
-        let at = usize::from(self.published.index) * DESC + FLAGS;
-        self.layout.desc.place().u16(at).store(flags.to_le(), Ordering::Release);
+        // The driver goes through them in order: none is seen before the first, which is last.
+        for (index, flags) in self.pending.drain(..).rev() {
+            let at = usize::from(index) * DESC + FLAGS;
+            self.layout.desc.place().u16(at).store(flags.to_le(), Ordering::Release);
+        }
         if let Some(record) = &mut self.record {
             record.publish();
         }
@@ -293,7 +299,10 @@ impl Ring for Packed {
     }
 
     fn settle(&mut self) {
-        if let Some(record) = &mut self.record {
+        // What was not even taken again is still known by the record alone.
+        if let Some(record) = &mut self.record
+            && self.again.is_empty()
+        {
             record.settle();
         }
     }

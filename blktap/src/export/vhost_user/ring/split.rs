@@ -237,7 +237,10 @@ impl Ring for Split {
     }
 
     fn settle(&mut self) {
-        if let Some(record) = &mut self.record {
+        // What was not even taken again is still known by the record alone.
+        if let Some(record) = &mut self.record
+            && self.again.is_empty()
+        {
             record.settle();
         }
     }
