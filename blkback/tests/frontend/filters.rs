@@ -54,10 +54,9 @@ fn limits_hold_for_a_guest_and_change_while_it_runs() {
     assert!(refused.contains("less than iops_write=2000"), "{refused}");
     ask(&rig, r#"{"command":"set","knob":"iops_write","value":"1"}"#);
     rate(&mut *queue, Duration::from_millis(100));
-    // A guest that leaves does not wait for its limits.
+    // A backend that leaves carries out what it has, and does not wait for limits.
+    assert!(queue.in_flight() > 8);
     let begin = Instant::now();
-    drop(queue);
-    drop(front);
     drop(rig);
     assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
 }

@@ -329,7 +329,7 @@ mod tests {
         assert_eq!(resealed(16, 40), "a granularity of 2^40");
         assert_eq!(resealed(23, 255), "its name");
         assert_eq!(resealed(20, 0), "a name has 1 to 255 bytes");
-        assert!(resealed(29, 255).contains("too much memory"));
+        assert!(resealed(30, 255).contains("too much memory"));
         assert!(resealed(31, 255).starts_with("a disk of"));
         let mut flipped = good;
         flipped[25] ^= 1;
