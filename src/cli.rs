@@ -2,12 +2,14 @@
 
 pub mod disk;
 mod export;
+mod filters;
 pub mod tap;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-pub use export::{CacheMode, Export, ExportNbd, ExportVhostUserBlk, Filters, MirrorErrors};
+pub use export::{CacheMode, Export, ExportNbd, ExportVhostUserBlk};
+pub use filters::{ChangedLog, Filters, MirrorErrors};
 
 /// A user-space Xen split-driver I/O stack.
 ///
@@ -424,39 +426,6 @@ pub enum Detach {
 pub struct Live {
     /// DOMID/VDEV, or a control socket.
     pub device: String,
-}
-
-#[derive(Subcommand)]
-pub enum ChangedLog {
-    /// Begin a log; one that is in use ends at that moment, and its file can be read.
-    ///
-    /// The device must have been connected with the knob changed_block_log (ready, or a path).
-    Start {
-        /// DOMID/VDEV, or a control socket.
-        device: String,
-        /// The log's file, which is new.
-        path: PathBuf,
-    },
-    /// End the log.
-    Stop {
-        /// DOMID/VDEV, or a control socket.
-        device: String,
-    },
-    /// Have an export show a log no more that has ended.
-    Forget {
-        /// The export's control socket.
-        device: String,
-        /// The log's name: its file's without the ending.
-        name: String,
-    },
-    /// Show what a log that nobody uses has: first byte and length of each changed stretch.
-    Show {
-        /// The log's file.
-        path: PathBuf,
-        /// Print one JSON document.
-        #[arg(long)]
-        json: bool,
-    },
 }
 
 #[derive(Subcommand)]

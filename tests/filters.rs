@@ -88,7 +88,7 @@ fn rates(fio: &mut Command) -> [f64; 4] {
 }
 
 fn near(what: &str, got: f64, wanted: f64) {
-    println!("{what}: {got:.1} of {wanted}");
+    eprintln!("{what}: {got:.1} of {wanted}");
     assert!((got / wanted - 1.0).abs() <= 0.05, "{what}: {got:.1} instead of {wanted}");
 }
 

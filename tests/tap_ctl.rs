@@ -144,7 +144,9 @@ fn create_takes_free_minors_and_destroy_leaves_nothing() {
     let log = taps.path("b.log");
     let (vhd, raw) = (format!("vhd:{}", text(&vhd)), format!("aio:{}", text(&raw)));
     let first = taps.run(&["create", "-a", &vhd]);
-    let second = taps.run(&["create", "-D", "-C", text(&log), "-a", &raw]);
+    let copy = taps.image("copy.raw", 4 << 20);
+    let mirror = format!("raw:{}", text(&copy));
+    let second = taps.run(&["create", "-D", "-C", text(&log), "-2", &mirror, "-a", &raw]);
     let list = taps.run(&["list"]);
     let rows: Vec<Vec<&str>> = list.lines().map(|line| line.split(' ').collect()).collect();
     let mut minors: Vec<&str> = rows.iter().map(|row| row[1]).collect();
@@ -179,6 +181,7 @@ fn create_takes_free_minors_and_destroy_leaves_nothing() {
         .expect("ringback");
     let shown = String::from_utf8(shown.stdout).expect("UTF-8");
     assert!(shown.contains("exact: yes") && shown.contains("changed: 65536"), "{shown}");
+    assert_eq!(std::fs::read(&copy).expect("the mirror")[1 << 20], 1);
     let left = || {
         let names = std::fs::read_dir(taps.path("run/blktap")).expect("a folder").flatten();
         let mut names: Vec<_> =

@@ -181,20 +181,17 @@ impl BlkDevice {
         }
     }
 
-    /// The disk with its log of changed blocks, where there is or may be one.
-    fn logged(
-        disk: Arc<dyn Disk>,
-        config: &Config,
-    ) -> Result<(Arc<dyn Disk>, Option<Arc<ChangedDisk>>), Fault> {
+    /// The log of the disk's changed blocks, where there is or may be one.
+    fn logged(disk: &Arc<dyn Disk>, config: &Config) -> Result<Option<Arc<ChangedDisk>>, Fault> {
         if config.changed == ChangedLog::None {
-            return Ok((disk, None));
+            return Ok(None);
         }
-        let changed = ChangedDisk::new(disk);
+        let changed = ChangedDisk::new(Arc::clone(disk));
         if let ChangedLog::In(path) = &config.changed {
             let begun = changed.log_to(path, &config.log_options(path));
             begun.map_err(|e| Fault(format!("changed_block_log: {e}")))?;
         }
-        Ok((Arc::clone(&changed) as Arc<dyn Disk>, Some(changed)))
+        Ok(Some(changed))
     }
 
     /// Begins a log of changed blocks, or ends it.
@@ -359,7 +356,9 @@ impl Device for BlkDevice {
         let wanted = Self::wanted(nodes, &config)?;
         let live = LiveDisk::new((self.open)(&wanted)?);
         let jobs = Jobs::new(live.clone(), self.open.clone(), wanted, nodes)?;
-        let (disk, changed) = Self::logged(live, &config)?;
+        let disk: Arc<dyn Disk> = live;
+        let changed = Self::logged(&disk, &config)?;
+        let disk = changed.clone().map_or(disk, |changed| changed as Arc<dyn Disk>);
         let disk = ThrottleDisk::new(Self::tested(disk, &config), self.group(&config));
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;

@@ -97,6 +97,10 @@ pub struct Image {
     /// Log in this file which blocks change: one that is there is gone on with.
     #[arg(short = 'C', value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// Write to this image too, which is as large and has the same content; at its first error it
+    /// is given up, and `stats` says so.
+    #[arg(short = '2', value_name = "TYPE:FILE")]
+    pub secondary: Option<String>,
     /// Open backing files in this folder too, and below it; may be repeated.
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,

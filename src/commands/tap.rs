@@ -167,7 +167,7 @@ impl Taps {
         let log = image.log.as_deref().map(std::path::absolute).transpose()?;
         let more = json!({
             "args": image.args, "read_only": image.read_only, "no_o_direct": image.no_o_direct,
-            "log": log, "allow_backing": image.allow_backing,
+            "log": log, "secondary": image.secondary, "allow_backing": image.allow_backing,
         });
         self.to("open", target, &more).map(drop)
     }

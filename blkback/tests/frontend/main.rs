@@ -3,6 +3,7 @@
 #![allow(unsafe_code, clippy::unwrap_used)]
 
 mod counting;
+mod filters;
 mod rig;
 
 use std::sync::Arc;

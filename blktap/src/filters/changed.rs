@@ -154,6 +154,7 @@ impl ChangedDisk {
     /// Begins a log in the new file `path`. If there is a log, it is closed at the moment in
     /// which the new one begins, and can be asked for until it is [removed](Self::remove).
     pub fn start(&self, path: &Path, options: &LogOptions) -> Result<(), LogError> {
+        self.check_name(&options.name)?;
         let size = self.below.geometry().size;
         self.begin(|bells| Log::create(path, options, size, bells))
     }
@@ -174,13 +175,20 @@ impl ChangedDisk {
     ) -> Result<(), LogError> {
         // The disk stops for the change alone.
         let log = Arc::new(open(&self.shared.bells)?);
-        let name = &log.header().name;
-        if self.below.bitmaps().contains(name) || self.names().contains(name) {
-            let (name, why) = (name.clone(), "the disk has a bitmap of this name".into());
-            return Err(LogError::Invalid { name, why });
-        }
+        self.check_name(&log.header().name)?;
         let old = self.shared.change(|old| Ok((Some(log), old)))?;
         self.freeze(old)
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), LogError> {
+        let is = |other: &String| other == name;
+        match self.below.bitmaps().iter().any(is) || self.names().iter().any(is) {
+            false => Ok(()),
+            true => {
+                let (name, why) = (name.to_owned(), "the disk has a bitmap of this name".into());
+                Err(LogError::Invalid { name, why })
+            }
+        }
     }
 
     fn freeze(&self, old: Option<Arc<Log>>) -> Result<(), LogError> {

@@ -216,6 +216,13 @@ enum Part {
     Done(i32),
 }
 
+/// Which of the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    First,
+    Second,
+}
+
 struct Mirrored {
     /// Both have requests' memory in use until they are dropped.
     below: Box<dyn DiskQueue>,
@@ -237,21 +244,18 @@ impl Mirrored {
     }
 
     /// Takes note of a half; the answer if it was the last one.
-    fn note(&mut self, at: usize, part: Part, is_first: bool) -> Option<Done> {
+    fn note(&mut self, at: usize, side: Side, errno: i32) -> Option<Done> {
         let slot = self.slots.get_mut(at)?.as_mut()?;
-        match is_first {
-            true => slot.first = part,
-            false => slot.second = part,
+        match side {
+            Side::First => slot.first = Part::Done(errno),
+            Side::Second => slot.second = Part::Done(errno),
         }
         let Slot { token, first, second, op } = *slot;
         let (Part::Done(first), Part::Done(mut second)) = (first, second) else {
-            match is_first {
-                true => self.only_second += 1,
-                false => {}
-            }
+            self.only_second += u32::from(side == Side::First);
             return None;
         };
-        self.only_second -= u32::from(!is_first);
+        self.only_second -= u32::from(side == Side::Second);
         self.slots[at] = None;
         self.free.push(at);
         // What is discarded reads as anything; the second disk need not know how.
@@ -268,14 +272,14 @@ impl Mirrored {
     fn second_answers(&mut self, done: &mut Vec<Done>) {
         while let Some(d) = self.second.shared.answers.pop() {
             if d.token != u64::MAX {
-                done.extend(self.note(d.token as usize, Part::Done(d.errno), false));
+                done.extend(self.note(d.token as usize, Side::Second, d.errno));
                 continue;
             }
             // Its queue has failed, for good.
             self.dropped.store(self.on_error == OnError::Drop, Ordering::Relaxed);
             for at in 0..self.slots.len() {
                 if self.slots[at].is_some_and(|slot| slot.second == Part::Going) {
-                    let failed = self.note(at, Part::Done(d.errno), false);
+                    let failed = self.note(at, Side::Second, d.errno);
                     done.extend(failed);
                 }
             }
@@ -328,7 +332,7 @@ impl Around for Mirrored {
     fn completed(&mut self, done: &mut Vec<Done>, from: usize) {
         let first: Vec<Done> = done.drain(from..).collect();
         for d in first {
-            done.extend(self.note(d.token as usize, Part::Done(d.errno), true));
+            done.extend(self.note(d.token as usize, Side::First, d.errno));
         }
         self.second_answers(done);
     }

@@ -69,6 +69,7 @@ pub fn connect(context: &Context, options: &Connect) -> Result {
         no_o_direct: options.cached,
         existing: Vec::new(),
         log: None,
+        secondary: None,
         allow_backing: options.allow_backing.clone(),
     };
     let index = Taps::of(context).create_device(&image, options.device.as_deref())?;

@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(find(&found, FAMILY_ID).and_then(|id| u16_at(id, 0)), Some(0x1c));
         let error = answers(&end(-2), &mut found).expect_err("ENOENT");
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        answers(&datagram[..30], &mut found).expect_err("cut short");
+        answers(&datagram[..26], &mut found).expect_err("cut short");
         assert_eq!(index_of(Path::new("/dev/nbd12")).expect("a number"), 12);
         index_of(Path::new("/dev/sda")).expect_err("no nbd device");
     }

@@ -8,7 +8,8 @@ use std::thread::JoinHandle;
 use blktap::export::nbd::{Export, Limits, Server};
 use blktap::filters::changed::LogOptions;
 use blktap::filters::counted::Counts;
-use blktap::filters::{ChangedDisk, CountedDisk};
+use blktap::filters::mirror::OnError;
+use blktap::filters::{ChangedDisk, CountedDisk, MirrorDisk};
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, NbdDisk, NbdOptions, NbdTarget};
@@ -29,6 +30,7 @@ pub(super) struct Wanted {
     read_only: bool,
     no_o_direct: bool,
     log: Option<PathBuf>,
+    secondary: Option<String>,
     allow_backing: Vec<PathBuf>,
 }
 
@@ -37,6 +39,7 @@ pub(super) struct Opened {
     minor: u32,
     args: String,
     gate: Arc<ChangedDisk>,
+    mirror: Option<Arc<MirrorDisk>>,
     counted: Arc<CountedDisk>,
     state: u32,
     /// The server's thread, and what ends it when it is dropped.
@@ -46,7 +49,16 @@ pub(super) struct Opened {
 impl Opened {
     /// Opens the image and serves it at `socket`.
     pub(super) fn open(wanted: Wanted, minor: u32, socket: &Path) -> Result<Opened> {
-        let gate = ChangedDisk::new(disk_of(&wanted)?);
+        let disk = disk_of(&wanted.args, &wanted)?;
+        let mirror = match &wanted.secondary {
+            None => None,
+            Some(args) => {
+                let second = disk_of(args, &wanted)?;
+                Some(MirrorDisk::new(Arc::clone(&disk), second, OnError::Drop)?)
+            }
+        };
+        let disk = mirror.clone().map_or(disk, |mirror| mirror as Arc<dyn Disk>);
+        let gate = ChangedDisk::new(disk);
         if let Some(log) = &wanted.log {
             if wanted.read_only {
                 return Err("-C: nothing changes that is read-only".into());
@@ -61,7 +73,7 @@ impl Opened {
         let thread = std::thread::Builder::new().name(format!("nbd-{minor}"));
         let thread = thread.spawn(move || server.serve(ended.as_fd()))?;
         let (args, serving) = (wanted.args, Some((end, thread)));
-        Ok(Opened { minor, args, gate, counted, state: RUNNING, serving })
+        Ok(Opened { minor, args, gate, mirror, counted, state: RUNNING, serving })
     }
 
     /// Ends the server; what was taken is carried out and flushed.
@@ -110,6 +122,7 @@ impl Opened {
                 "fail": both(Counts::failed),
                 "driver": {"name": kind},
             }],
+            "nbd_mirror_failed": u32::from(self.mirror.as_ref().is_some_and(|m| m.is_dropped())),
         })
     }
 }
@@ -122,13 +135,13 @@ impl Drop for Opened {
     }
 }
 
-fn disk_of(wanted: &Wanted) -> Result<Arc<dyn Disk>> {
+fn disk_of(args: &str, wanted: &Wanted) -> Result<Arc<dyn Disk>> {
     let access = if wanted.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    if NbdTarget::is_meant(&wanted.args) {
-        let target = NbdTarget::parse(&wanted.args)?;
+    if NbdTarget::is_meant(args) {
+        let target = NbdTarget::parse(args)?;
         return Ok(NbdDisk::open(NbdOptions { access, ..NbdOptions::new(target) })?);
     }
-    let (kind, path) = wanted.args.split_once(':').ok_or("-a: write it as TYPE:FILE")?;
+    let (kind, path) = args.split_once(':').ok_or_else(|| format!("{args}: write TYPE:FILE"))?;
     let format: ImageFormat = match kind {
         "aio" => "raw".parse()?,
         kind => kind.parse()?,

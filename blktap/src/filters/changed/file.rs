@@ -133,6 +133,9 @@ impl Header {
         if self.name.is_empty() || self.name.len() > MAX_NAME {
             return Err(format!("a name has 1 to {MAX_NAME} bytes"));
         }
+        if i64::try_from(self.disk_size).is_err() {
+            return Err(format!("a disk of {} bytes", self.disk_size));
+        }
         if self.bytes_of_bits() > MAX_BITS {
             return Err("its bits need too much memory; take a larger granularity".into());
         }
@@ -326,7 +329,8 @@ mod tests {
         assert_eq!(resealed(16, 40), "a granularity of 2^40");
         assert_eq!(resealed(23, 255), "its name");
         assert_eq!(resealed(20, 0), "a name has 1 to 255 bytes");
-        assert!(resealed(31, 255).contains("too much memory"));
+        assert!(resealed(30, 255).contains("too much memory"));
+        assert!(resealed(31, 255).starts_with("a disk of"));
         let mut flipped = good;
         flipped[25] ^= 1;
         assert_eq!(Header::decode(&flipped), Err("the header's checksum is wrong".into()));

@@ -139,7 +139,7 @@ impl Log {
             file.grow(&header)?;
             exact.mark(grown.clone());
             durable.mark(grown.clone());
-            let per_page = PAGE * 8 << header.granularity_bits;
+            let per_page = (PAGE * 8) << header.granularity_bits;
             for page in grown.start / per_page..size.div_ceil(per_page) {
                 file.write_page(page, &durable)?;
             }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::super::around::Around;
 use super::super::bells::Flag;
-use super::super::held::Line;
+use super::super::held::{Held, Line};
 use super::{Log, Shared};
 use crate::disk::{DiskQueue, Done, Full, Op, Request};
 
@@ -108,8 +108,12 @@ impl Changed {
             return;
         }
         let fresh = (self.asked..self.line.len()).filter_map(|at| self.line.get(at));
-        let writes = fresh.filter(|held| changes(held.op));
-        log.want(writes.map(|held| held.offset..held.offset.saturating_add(held.len)));
+        // What misses the disk fails later, and claims nothing.
+        let range = |held: &Held| {
+            let end = held.offset.checked_add(held.len)?;
+            (changes(held.op) && end <= log.header().disk_size).then_some(held.offset..end)
+        };
+        log.want(fresh.filter_map(range));
         self.asked = self.line.len();
     }
 

@@ -157,7 +157,18 @@ fn a_paused_disk_holds_everything_and_goes_on() {
     assert!(!writer.is_finished());
     disk.start_in(Arc::new(MemStorage::default()), &options("a")).expect("a log meanwhile");
     assert!(changed(&disk, "a").is_empty());
+    let mut queue = disk.queue(2).expect("a queue");
+    let wild = crate::Request { op: Op::Discard, offset: 0, len: !511, bufs: &[], token: 1 };
+    queue.submit(&crate::Request { offset: 4096, len: 512, ..wild }).expect("room");
+    queue.submit(&wild).expect("room");
     disk.resume();
+    let mut done = Vec::new();
+    while done.len() < 2 {
+        queue.wait(&[], None).expect("wait");
+        queue.poll(&mut done).expect("poll");
+    }
+    done.sort_by_key(|d| d.errno);
+    assert_eq!([done[0].errno, done[1].errno], [0, libc::EINVAL]);
     writer.join().expect("written");
-    assert_eq!(changed(&disk, "a"), [0]);
+    assert_eq!(changed(&disk, "a"), [0, 1]);
 }
