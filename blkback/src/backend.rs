@@ -355,7 +355,7 @@ impl Device for BlkDevice {
         let config = self.config_of(nodes)?;
         let wanted = Self::wanted(nodes, &config)?;
         let live = LiveDisk::new((self.open)(&wanted)?);
-        let jobs = Jobs::new(live.clone(), self.open.clone(), wanted, nodes)?;
+        let jobs = Jobs::new(live.clone(), self.open.clone(), wanted, nodes);
         let disk: Arc<dyn Disk> = live;
         let changed = Self::logged(&disk, &config)?;
         let disk = changed.clone().map_or(disk, |changed| changed as Arc<dyn Disk>);

@@ -210,7 +210,8 @@ struct Place {
     open: Arc<Open>,
     wanted: Wanted,
     nodes: Nodes,
-    name: Arc<Mutex<Name>>,
+    /// `None`: a disk that only this backend's own opener knows. It has no jobs.
+    name: Mutex<Option<Name>>,
 }
 
 impl Host for Place {
@@ -223,7 +224,7 @@ impl Host for Place {
         let params = ("params".to_owned(), name.to_string());
         let written = self.nodes.write(&[params]);
         written.map_err(|e| JobError::Other(format!("cannot write params: {e}")))?;
-        *self.name.lock() = name.clone();
+        *self.name.lock() = Some(name.clone());
         Ok(())
     }
 }
@@ -243,10 +244,10 @@ impl Jobs {
         open: Arc<Open>,
         wanted: Wanted,
         nodes: &Nodes,
-    ) -> Result<Jobs, Fault> {
-        let name = Arc::new(Mutex::new(wanted.params.parse()?));
+    ) -> Jobs {
+        let name = Mutex::new(wanted.params.parse().ok());
         let place = Arc::new(Place { open, wanted, nodes: nodes.clone(), name });
-        Ok(Jobs { live, place, last: None, numbers: 0 })
+        Jobs { live, place, last: None, numbers: 0 }
     }
 
     /// Begins a job, unless one runs.
@@ -254,6 +255,10 @@ impl Jobs {
         if let Some((job, _)) = self.last.as_ref().filter(|(job, _)| !job.has_ended()) {
             let kind = job.task.kind();
             return Err(Fault(format!("a job runs already ({kind}): wait for it or cancel it")));
+        }
+        if self.place.name.lock().is_none() {
+            let params = &self.place.wanted.params;
+            return Err(Fault(format!("{params}: not an image, a device or an export by NBD")));
         }
         self.wait();
         self.numbers += 1;
@@ -276,7 +281,10 @@ impl Jobs {
 
     /// What is known of the last job.
     pub(crate) fn tell(&self) -> Result<Value, Fault> {
-        let name = self.place.name.lock().to_string();
+        let name = match &*self.place.name.lock() {
+            Some(name) => name.to_string(),
+            None => self.place.wanted.params.clone(),
+        };
         let job = self.last.as_ref().map(|(job, _)| job.tell(&name));
         Ok(json!({"job": job, "disk": name, "size": self.live.geometry().size}))
     }
@@ -335,7 +343,7 @@ impl Drop for Jobs {
 }
 
 fn run(live: &Arc<LiveDisk>, place: &Place, job: &Job) {
-    let name = place.name.lock().clone();
+    let Some(name) = place.name.lock().clone() else { return };
     let scene = Scene { live, name: &name, host: place, watch: job, patience: PATIENCE };
     let result = match &job.task {
         Task::Pause | Task::Revive => jobs::pause(&scene),
