@@ -318,10 +318,8 @@ fn disks_are_taken_at_one_moment() {
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         writer.join().expect("a writer")
     });
-    for (device, overlay) in [(XVDA, "a1"), ("1/xvdb", "b1")] {
-        let name = format!("qcow2:{}", text(&guest.path(overlay)));
-        assert_eq!(guest.job(device)["disk"], name);
-    }
+    let now = |device: &str| guest.job(device)["disk"].as_str().expect("a name").to_owned();
+    assert!(now(XVDA).ends_with("/a1") && now("1/xvdb").ends_with("/b1"));
     assert!(!guest.path("a2").exists(), "it is not used");
     drop((a, b));
     let number = |name: &str| {

@@ -1,5 +1,8 @@
 //! The loop of one queue: take a batch, validate, place, submit, reap, answer, notify once.
 
+mod drain;
+mod refused;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -225,25 +228,6 @@ impl<A: Abi> Worker<A> {
             false => self.start()?,
         };
         Ok(taken + retried + started)
-    }
-
-    /// Tries once more what a paused disk has refused; how many it took.
-    fn retry(&mut self) -> Result<usize, Fault> {
-        let refused = self.run.refused.len();
-        for _ in 0..refused {
-            let Some((slot, op)) = self.run.refused.pop_front() else { break };
-            self.submit(slot, op)?;
-            if self.run.refused.back() == Some(&(slot, op)) {
-                // Still so; it was the first of them.
-                self.run.refused.rotate_right(1);
-                break;
-            }
-        }
-        let taken = refused - self.run.refused.len();
-        if taken > 0 {
-            self.disk.submit_all()?;
-        }
-        Ok(taken)
     }
 
     fn corrupt(&self, e: &rings::Corrupt) -> Fault {
@@ -586,35 +570,5 @@ impl<A: Abi> Worker<A> {
             self.shared.woken();
         }
         Ok(())
-    }
-
-    /// Waits for all that is in flight and answers it.
-    fn drain(&mut self) -> Result<(), Fault> {
-        self.disk.hurry();
-        while self.disk.in_flight() > 0 {
-            self.disk.wait(&[], None)?;
-            self.reap()?;
-            self.count_finished();
-            self.run.done.clear();
-        }
-        self.publish()?;
-        if self.shared.flushing() { self.flush() } else { Ok(()) }
-    }
-
-    /// Leaves what was answered safe on the disk.
-    fn flush(&mut self) -> Result<(), Fault> {
-        let request =
-            blktap::Request { op: Op::Flush, offset: 0, len: 0, bufs: &[], token: u64::MAX };
-        if self.disk.submit(&request).is_ok() {
-            while self.disk.in_flight() > 0 {
-                self.disk.wait(&[], None)?;
-                self.disk.poll(&mut self.run.done)?;
-            }
-        }
-        let failed = self.run.done.drain(..).find(|done| done.errno != 0);
-        match failed {
-            Some(done) => Err(io::Error::from_raw_os_error(done.errno).into()),
-            None => Ok(()),
-        }
     }
 }

@@ -1,5 +1,4 @@
 //! Live disks with several queues and threads: nothing is lost, windows exclude, copies are equal.
-#![allow(unsafe_code)]
 
 mod kill;
 mod late;

@@ -2,7 +2,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::paths::{name_from, same_file};
+use super::paths::{name_from, real_path, same_file};
 use super::{Change, JobError, Scene, about};
 use crate::copy::{Part, What};
 use crate::disk::{Disk, Kept};
@@ -40,7 +40,7 @@ fn of_image(image: &ImageDisk) -> Result<Vec<Layer>, JobError> {
     let layer = |format: &std::sync::Arc<dyn crate::formats::Format>| {
         let path: PathBuf = format.files().first().map(|f| f.name()).unwrap_or_default().into();
         let name = format.name().parse::<ImageFormat>().map_err(about(path.display()))?;
-        Ok(Layer { path, format: name, size: format.size() })
+        Ok(Layer { path: real_path(&path)?, format: name, size: format.size() })
     };
     image.layers().map(layer).collect()
 }
