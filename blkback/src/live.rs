@@ -239,12 +239,7 @@ pub(crate) struct Jobs {
 
 impl Jobs {
     /// For the disk that `wanted` names.
-    pub(crate) fn new(
-        live: Arc<LiveDisk>,
-        open: Arc<Open>,
-        wanted: Wanted,
-        nodes: &Nodes,
-    ) -> Jobs {
+    pub(crate) fn new(live: Arc<LiveDisk>, open: Arc<Open>, wanted: Wanted, nodes: &Nodes) -> Jobs {
         let name = Mutex::new(wanted.params.parse().ok());
         let place = Arc::new(Place { open, wanted, nodes: nodes.clone(), name });
         Jobs { live, place, last: None, numbers: 0 }

@@ -131,7 +131,7 @@ impl Server {
         socket: UnixStream,
         stop: BorrowedFd<'_>,
     ) -> io::Result<Option<End>> {
-        // It is an answer that may not wait: it fits, or somebody does not read.
+        // An answer that does not fit waits: whoever does not read holds up nobody else.
         socket.set_nonblocking(false)?;
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let ours = socket.try_clone()?;
