@@ -189,7 +189,8 @@ pub fn run(context: &Context, command: &Tap) -> Result {
         Tap::List { pid, minor, kind, file } => {
             let rows = taps.list()?;
             let is = |want: &Option<String>, has: Option<&str>| {
-                want.as_deref().is_none_or(|want| has == Some(want))
+                // As blktap has it: a row that has none is shown.
+                want.as_deref().zip(has).is_none_or(|(want, has)| want == has)
             };
             let wanted = |row: &&Row| {
                 pid.is_none_or(|pid| row.pid == pid)

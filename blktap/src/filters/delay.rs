@@ -19,7 +19,7 @@ use crate::disk::{Disk, DiskQueue, Full, Request};
 const LONGEST_US: u64 = 600_000_000;
 
 /// How long requests wait: evenly spread between two times, `US` or `US-US` or `US-US:seed=N`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delay {
     /// At least, in microseconds.
     pub least_us: u64,
@@ -33,6 +33,12 @@ pub struct Delay {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a delay is US or LEAST-MOST[:seed=N], in microseconds, at most ten minutes")]
 pub struct NotADelay;
+
+impl Default for Delay {
+    fn default() -> Delay {
+        Delay { least_us: 0, most_us: 0, seed: 1 }
+    }
+}
 
 impl FromStr for Delay {
     type Err = NotADelay;
