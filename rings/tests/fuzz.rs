@@ -4,7 +4,7 @@
 //!
 //! `cargo test` replays the corpus in `__fuzz__`, a run that is the same each time and a short
 //! random one. Longer:
-//! `BOLERO_RANDOM_TEST_TIME_MS=600000 cargo test --release -p ringback-rings --test fuzz`, or
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000 cargo test --release -p ringback-rings --test fuzz`, or
 //! guided by coverage: `cargo bolero test -p ringback-rings ring_indices --sanitizer NONE`.
 
 mod world;

@@ -16,7 +16,13 @@ fn a_paused_witness_is_noticed() {
     let scene = Scene::start();
     let witness = &scene.witnesses[0];
     witness.pause(true);
-    std::thread::sleep(Duration::from_millis(100));
+    // What it has under way may come to its end.
+    let mut last = None;
+    let stands = (0..50).any(|_| {
+        std::thread::sleep(Duration::from_millis(200));
+        last.replace(witness.mark()) == Some(witness.mark())
+    });
+    assert!(stands, "it is not paused");
     let verdict = witness.goes_on(witness.mark(), 1, SHORT);
     assert_eq!(verdict, Err("0 verified requests in 300ms".to_owned()));
     witness.pause(false);

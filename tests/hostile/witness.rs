@@ -34,7 +34,7 @@ pub struct Witness {
 }
 
 /// Where a witness was when an attack began.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Mark(u64);
 
 impl Witness {

@@ -320,7 +320,7 @@ fn a_detached_device_takes_nothing_new_and_closes() {
 fn a_backend_that_closes_without_a_word_disables_the_disk() {
     let rig = Rig::with_disk(memory(4), "", &[]);
     let front =
-        rig.connect(FrontOptions { patience: Duration::from_millis(200), ..Default::default() });
+        rig.connect(FrontOptions { patience: Duration::from_secs(3), ..Default::default() });
     let mut queue = front.queue(8).unwrap();
     rig.set_back_key("state", "6");
     until("it is seen", || front.fault().is_some());

@@ -3,7 +3,7 @@
 //! what must come of it.
 //!
 //! `cargo test` does a run that is the same each time and a short random one. Longer:
-//! `BOLERO_RANDOM_TEST_TIME_MS=600000 cargo test --release -p ringback-blkback --test fuzz`, or
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000 cargo test --release -p ringback-blkback --test fuzz`, or
 //! guided by coverage: `cargo bolero test -p ringback-blkback requests --sanitizer NONE`.
 
 mod keys;

@@ -1,6 +1,5 @@
 //! The peers: as their own documentation drives them, `depth` tasks on one thread.
 use std::cell::RefCell;
-use std::path::Path;
 use std::rc::Rc;
 
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate, StorageOpenOptions};
@@ -8,7 +7,7 @@ use qcow2_rs::dev::Qcow2DevParams;
 use qcow2_rs::helpers::Qcow2IoBuf;
 use qcow2_rs::utils::qcow2_setup_dev_uring;
 
-use super::{BLOCK, Load, Places, Result, Watch, Work};
+use super::{BLOCK, Image, Load, Places, Result, Watch, Work};
 
 /// What the tasks of a run share.
 struct Turns(RefCell<(Places, Watch)>);
@@ -29,8 +28,8 @@ impl Turns {
     }
 }
 
-pub(crate) fn qcow2_rs(path: &Path, load: &Load) -> Result<f64> {
-    let (path, load) = (path.to_owned(), *load);
+pub(crate) fn qcow2_rs(image: &Image, load: &Load) -> Result<f64> {
+    let (path, load) = (image.path.clone(), *load);
     tokio_uring::start(async move {
         let params = Qcow2DevParams::new(9, None, None, load.work == Work::Read, load.direct);
         let dev = qcow2_setup_dev_uring(&path, &params).await.map_err(|e| e.to_string())?;
@@ -61,11 +60,11 @@ pub(crate) fn qcow2_rs(path: &Path, load: &Load) -> Result<f64> {
     })
 }
 
-pub(crate) fn imago(path: &Path, load: &Load) -> Result<f64> {
+pub(crate) fn imago(of: &Image, load: &Load) -> Result<f64> {
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
-        let image = imago::qcow2::Qcow2::<imago::file::File>::builder_path(path)
+        let image = imago::qcow2::Qcow2::<imago::file::File>::builder_path(&of.path)
             .storage_open_options(StorageOpenOptions::new().direct(load.direct))
             .write(load.work != Work::Read)
             .open(PermissiveImplicitOpenGate::default())

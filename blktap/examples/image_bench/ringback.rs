@@ -1,29 +1,27 @@
 //! Our own: raw and QCOW2 through the same engine.
-use std::path::Path;
-
 use blktap::image::{self, ImageFormat, ImageOptions};
 use blktap::storage::{Cache, OpenOptions};
 use blktap::{DiskQueue, IoBuf, Op, Request};
 
-use super::{BLOCK, Load, Places, Result, Watch, Work};
+use super::{BLOCK, Image, Load, Places, Result, Watch, Work};
 
-pub(crate) fn raw(path: &Path, load: &Load) -> Result<f64> {
-    run(path, ImageFormat::Raw, load)
+pub(crate) fn raw(image: &Image, load: &Load) -> Result<f64> {
+    run(image, ImageFormat::Raw, load)
 }
 
-pub(crate) fn qcow2(path: &Path, load: &Load) -> Result<f64> {
-    run(path, ImageFormat::Qcow2, load)
+pub(crate) fn qcow2(image: &Image, load: &Load) -> Result<f64> {
+    run(image, ImageFormat::Qcow2, load)
 }
 
-fn run(path: &Path, format: ImageFormat, load: &Load) -> Result<f64> {
+fn run(image: &Image, format: ImageFormat, load: &Load) -> Result<f64> {
     let cache = if load.direct { Cache::None } else { Cache::Writeback };
-    let options = ImageOptions::new(format, OpenOptions::new(path).cache(cache));
+    let options = ImageOptions::new(format, OpenOptions::new(&image.path).cache(cache));
     let disk = image::open(&options)?;
     let mut queue = disk.queue(load.depth as u32)?;
-    drive(&mut *queue, load)
+    drive(&mut *queue, image.start, load)
 }
 
-fn drive(queue: &mut dyn DiskQueue, load: &Load) -> Result<f64> {
+fn drive(queue: &mut dyn DiskQueue, start: u64, load: &Load) -> Result<f64> {
     let mut memory = vec![1u8; (load.depth + 1) * BLOCK];
     let skip = memory.as_ptr().align_offset(BLOCK);
     let base = memory[skip..].as_mut_ptr();
@@ -33,7 +31,8 @@ fn drive(queue: &mut dyn DiskQueue, load: &Load) -> Result<f64> {
         let Some(offset) = places.take() else { return Ok(()) };
         // SAFETY: `depth` blocks inside `memory`, which stays until the queue has been drained.
         let bufs = [unsafe { IoBuf::new(base.add(slot as usize * BLOCK), BLOCK) }];
-        let request = Request { op, offset, len: BLOCK as u64, bufs: &bufs, token: slot };
+        let request =
+            Request { op, offset: start + offset, len: BLOCK as u64, bufs: &bufs, token: slot };
         Ok(queue.submit(&request).map_err(|_| "the queue is full")?)
     };
     let mut watch = Watch::start(load.time);

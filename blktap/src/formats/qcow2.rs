@@ -46,7 +46,7 @@ use cache::{SLICE_BYTES, Slice, SliceCache};
 use entry::Layout;
 use flush::Pending;
 use header::{Compression, Header, Version};
-use metadata::{Kind, MetadataMap};
+use metadata::MetadataMap;
 use pool::Pool;
 use publish::Changes;
 use refcounts::Refcounts;
@@ -164,17 +164,15 @@ impl Qcow2 {
             }
             (false, None) => {}
         }
-        let l1 = read_l1(&header, &file)?;
-        let mut map = MetadataMap::default();
+        let l1 = read_l1(&header, &*file)?;
         let at = (header.refcount_table_offset, header.refcount_table_clusters);
         let layout = header.layout();
         let limit = options.refcount_cache;
         let refcounts = Refcounts::read(Arc::clone(&file), layout, at, limit)?;
-        if access == Access::ReadWrite {
-            map_tables(&header, &l1, &mut map)?;
-            map_snapshots(&header, &file, &mut map)?;
-            refcounts.map(&mut map)?;
-        }
+        let map = match access {
+            Access::ReadWrite => MetadataMap::of(&*file, &header, &l1, refcounts.table())?,
+            Access::ReadOnly => MetadataMap::default(),
+        };
         let slices = slices(&layout, header.disk_size(), options.l2_cache);
         Ok(Qcow2 {
             files,
@@ -311,63 +309,10 @@ fn open_bitmaps(
     }
 }
 
-fn read_l1(header: &Header, file: &Arc<dyn Storage>) -> Result<Vec<u64>, ImageError> {
+fn read_l1(header: &Header, file: &dyn Storage) -> Result<Vec<u64>, ImageError> {
     let mut bytes = vec![0; header.l1_size as usize * 8];
     file.read_at(header.l1_offset, &mut bytes).map_err(ImageError::io("read the L1 table"))?;
     Ok(bytes.chunks_exact(8).map(|b| header::be64(b, 0)).collect())
-}
-
-/// Adds what the header and the L1 table name to the map of metadata.
-fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), ImageError> {
-    let bits = header.cluster_bits;
-    let clusters = |at: u64, bytes: u64| at >> bits..(at + bytes).div_ceil(1 << bits);
-    map.add(0..1, Kind::Header)?;
-    map.add(clusters(header.l1_offset, l1.len() as u64 * 8), Kind::L1)?;
-    let valid = header.autoclear & header::AUTOCLEAR_BITMAPS != 0;
-    if let Some(b) = header.bitmaps.filter(|_| valid) {
-        let end = b.directory_offset.checked_add(b.directory_size);
-        if end.is_none_or(|e| e > i64::MAX as u64) {
-            return Err(ImageError::Corrupt("bitmap directory".into()));
-        }
-        map.add(clusters(b.directory_offset, b.directory_size), Kind::Bitmaps)?;
-    }
-    let mut tables: Vec<_> = l1.iter().map(|e| (e & entry::OFFSET, e & entry::COPIED)).collect();
-    tables.sort_unstable();
-    // Entries may share a table that none of them writes in place: each makes a copy first.
-    tables.dedup_by(|a, b| a == b && a.1 == 0);
-    for (offset, _) in tables.into_iter().filter(|(offset, _)| *offset != 0) {
-        if !offset.is_multiple_of(1 << bits) {
-            return Err(ImageError::Corrupt(format!("L2 table at {offset:#x}")));
-        }
-        map.add(clusters(offset, 1 << bits), Kind::L2)?;
-    }
-    Ok(())
-}
-
-/// Adds the snapshot table and the snapshots' L1 tables to the map of metadata.
-fn map_snapshots(
-    header: &Header,
-    file: &Arc<dyn Storage>,
-    map: &mut MetadataMap,
-) -> Result<(), ImageError> {
-    let bits = header.cluster_bits;
-    let mut add = |what: &str, at: u64, bytes: u64, kind| {
-        let end = at.checked_add(bytes).filter(|end| *end < i64::MAX as u64);
-        match end {
-            Some(end) if at.is_multiple_of(1 << bits) => {
-                map.add(at >> bits..end.div_ceil(1 << bits), kind)
-            }
-            _ => Err(ImageError::Corrupt(format!("{what} at {at:#x}"))),
-        }
-    };
-    if header.snapshot_count > 0 {
-        let (bytes, tables) = snapshots::tables(&**file, header)?;
-        add("the snapshot table", header.snapshots_offset, bytes, Kind::Snapshots)?;
-        for (at, bytes) in tables {
-            add("a snapshot's L1 table", at, bytes, Kind::InactiveL1)?;
-        }
-    }
-    Ok(())
 }
 
 /// How many slices are cached.

@@ -3,7 +3,6 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::chain::{Found, LayerMiss, Source};
 use super::queue::{ImageQueue, TRANSFER_OF_GROUP, TRANSFER_OF_SLOT, UNPACK};
@@ -137,8 +136,7 @@ impl ImageQueue {
         };
         self.pieces.clear();
         self.waiter.set_key(self.slots.key(index));
-        let chain = Arc::clone(&self.shared.chain);
-        let top = chain.top();
+        let top = self.shared.chain.top();
         let guard = match top.resolve_write(range, change, &self.waiter, &mut self.pieces)? {
             Outcome::Ready(guard) => guard,
             Outcome::Miss(miss) => return Ok(Step::Miss(LayerMiss { layer: 0, miss })),

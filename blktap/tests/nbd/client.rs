@@ -238,7 +238,7 @@ fn who_waits_for_too_long_is_told() {
     let folder = folder();
     let (path, socket) = (image(&folder, "disk", SIZE), folder.path().join("qemu.sock"));
     let server = qemu(&path, &socket);
-    let patience = Duration::from_millis(300);
+    let patience = Duration::from_secs(1);
     let options = NbdOptions { patience, ..NbdOptions::new(target(&socket)) };
     let disk = NbdDisk::open(options).expect("a disk");
     let mut queue = disk.queue(4).expect("a queue");

@@ -2,7 +2,7 @@
 //! written from the protocol's text and share no code with the server.
 //!
 //! `cargo test` replays the corpus and adds a short random run. Longer:
-//! `BOLERO_RANDOM_TEST_TIME_MS=600000 cargo test --release -p ringback-blktap --test nbd fuzz`.
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000 cargo test --release -p ringback-blktap --test nbd fuzz`.
 
 use blktap::export::nbd::handshake::{Handshake, Offer, Security, Step};
 use blktap::export::nbd::proto::RequestHeader;

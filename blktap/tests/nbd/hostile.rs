@@ -308,7 +308,7 @@ fn wrong_requests_are_refused_and_the_next_one_is_served() {
 fn a_slow_handshake_is_ended_and_others_are_not_kept() {
     let folder = folder();
     let exports = vec![Export::new("", MemDisk::new(SIZE) as Arc<dyn blktap::Disk>)];
-    let handshake = Duration::from_millis(300);
+    let handshake = Duration::from_secs(1);
     let server = Server::new(exports, None, Limits { connections: 4, handshake });
     let ours = Ours::run(folder.path(), server.expect("a server"));
     let start = Instant::now();
@@ -316,7 +316,7 @@ fn a_slow_handshake_is_ended_and_others_are_not_kept() {
     let slow: Vec<UnixStream> =
         (0..8).map(|_| UnixStream::connect(&ours.socket).expect("a connection")).collect();
     let drip = std::thread::spawn(move || {
-        for _ in 0..20 {
+        for _ in 0..40 {
             slow.iter().for_each(|mut stream| _ = stream.write(&[0]));
             std::thread::sleep(Duration::from_millis(50));
         }

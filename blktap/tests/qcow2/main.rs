@@ -4,3 +4,5 @@ mod packed;
 mod qemu;
 mod queues;
 mod states;
+#[path = "../support/tool.rs"]
+mod tool;

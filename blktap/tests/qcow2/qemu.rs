@@ -15,8 +15,7 @@ impl Folder {
 
     /// Runs a tool here; what it says is in the panic if it fails.
     pub fn run(&self, tool: &str, args: &[&str]) -> String {
-        let out = Command::new(tool).args(args).current_dir(self.0.path()).output();
-        let out = out.unwrap_or_else(|e| panic!("{tool} (Debian: qemu-utils): {e}"));
+        let out = crate::tool::run(Command::new(tool).args(args).current_dir(self.0.path()));
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         let errors = String::from_utf8_lossy(&out.stderr);
         assert!(out.status.success(), "{tool} {args:?}: {text}{errors}");

@@ -3,7 +3,7 @@
 //!
 //! `cargo test` goes through the named mutations, replays the corpus in `__fuzz__`, and does a
 //! run that is the same each time and a short random one. Longer:
-//! `BOLERO_RANDOM_TEST_TIME_MS=600000 cargo test --release -p ringback-blktap --test
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000 cargo test --release -p ringback-blktap --test
 //! qcow2_hostile`, or guided by coverage: `cargo bolero test -p ringback-blktap images
 //! --sanitizer NONE`. QEMU's programs (Debian's qemu-utils) make the good images.
 mod bytes;

@@ -5,3 +5,5 @@ mod cuts;
 mod peers;
 mod qemu;
 mod refusals;
+#[path = "../support/tool.rs"]
+mod tool;

@@ -9,10 +9,7 @@ use tempfile::TempDir;
 
 /// Runs a program of qemu-utils.
 pub fn run(program: &str, args: &[&str]) -> Output {
-    match Command::new(program).args(args).output() {
-        Ok(output) => output,
-        Err(e) => panic!("cannot run {program} (Debian: qemu-utils): {e}"),
-    }
+    crate::tool::run(Command::new(program).args(args))
 }
 
 /// As [`run`]; it must succeed. Gives what it printed.

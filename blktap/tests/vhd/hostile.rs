@@ -2,7 +2,7 @@
 //! wholly and written to, judged by the model.
 //!
 //! `cargo test` does a run that is the same each time and a short random one. Longer:
-//! `BOLERO_RANDOM_TEST_TIME_MS=600000 cargo test --release -p ringback-blktap --test vhd hostile`,
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000 cargo test --release -p ringback-blktap --test vhd hostile`,
 //! or guided by coverage: `cargo bolero test -p ringback-blktap hostile::images --sanitizer NONE`.
 use std::sync::Arc;
 

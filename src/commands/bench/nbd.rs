@@ -1,6 +1,7 @@
 //! `ringback bench nbd`: NBD servers, ours and others', under the same client: fio's nbd engine
-//! (libnbd), one connection. Each serves an image of its own; the one that is not measured
-//! sleeps.
+//! (libnbd), one connection. One after the other, in turn, they serve the same image: two files
+//! written alike differ past the page cache by where on the device they lie. First writes need a
+//! new one each.
 
 mod fio;
 mod servers;
@@ -170,14 +171,13 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    fn image(&self, kind: Kind) -> PathBuf {
-        self.folder.path().join(format!("{}.img", kind.name()))
-    }
-
-    /// A new image; with data in it, unless the load is to write it first.
-    fn make(&self, kind: Kind, touch: Touch) -> Result<PathBuf> {
-        let path = self.image(kind);
+    /// The image; a new one, without data in it, if the load is to write it first.
+    fn make(&self, touch: Touch) -> Result<PathBuf> {
+        let path = self.folder.path().join("image");
         if touch != Touch::First && path.exists() {
+            if self.cache == BenchCache::Direct {
+                forget(&path)?;
+            }
             return Ok(path);
         }
         let size = self.options.size_mib << 20;
@@ -209,9 +209,19 @@ impl Place<'_> {
                 }
             }
         }
+        if self.cache == BenchCache::Direct {
+            forget(&path)?;
+        }
         std::fs::File::open(&path)?.sync_all()?;
         Ok(path)
     }
+}
+
+/// Takes a file out of the page cache: what one server left there another would have to throw out.
+fn forget(path: &Path) -> Result<()> {
+    let file = std::fs::File::open(path)?;
+    file.sync_all()?;
+    Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
 /// Data without holes, written block by block: in large pieces the page cache would keep it in
@@ -229,13 +239,13 @@ fn row(options: &BenchNbd, cache: BenchCache, load: NbdLoad, depth: u32) -> Resu
     let kinds = Kind::all(options.format);
     let mut measured: Vec<Vec<Measured>> = kinds.iter().map(|_| Vec::new()).collect();
     let (mut bare, mut null) = (Vec::new(), Vec::new());
-    for _ in 0..options.rounds.max(1) {
-        for (kind, into) in kinds.iter().zip(&mut measured) {
-            into.push(one(&place, *kind, &job, touch)?);
+    for round in 0..options.rounds.max(1) as usize {
+        for at in (0..kinds.len()).map(|n| (round + n) % kinds.len()) {
+            measured[at].push(one(&place, kinds[at], &job, touch)?);
         }
         null.push(one(&place, Kind::Null, &job, touch)?.iops);
         if options.format == BenchFormat::Raw {
-            let path = place.make(Kind::Bare, touch)?;
+            let path = place.make(touch)?;
             bare.push(fio::on_file(&path, &job, cache == BenchCache::Direct)?.iops);
         }
     }
@@ -267,7 +277,7 @@ fn row(options: &BenchNbd, cache: BenchCache, load: NbdLoad, depth: u32) -> Resu
 }
 
 fn one(place: &Place<'_>, kind: Kind, job: &Job, touch: Touch) -> Result<Measured> {
-    let image = if kind == Kind::Null { PathBuf::new() } else { place.make(kind, touch)? };
+    let image = if kind == Kind::Null { PathBuf::new() } else { place.make(touch)? };
     let served = Served::start(kind, &image, place)?;
     let measured = fio::on_server(&served, job)?;
     served.end();

@@ -2,7 +2,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::header::Header;
+use super::refcounts::{FILE_LIMIT, TABLE_OFFSET};
+use super::{entry, header, snapshots};
 use crate::formats::ImageError;
+use crate::storage::Storage;
 
 /// What a cluster holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +51,21 @@ pub(super) struct MetadataMap {
 }
 
 impl MetadataMap {
+    /// What an image's tables take, by its L1 table and its refcount table. Fails where two of
+    /// them share a cluster.
+    pub(super) fn of(
+        storage: &dyn Storage,
+        header: &Header,
+        l1: &[u64],
+        refcounts: &[u64],
+    ) -> Result<MetadataMap, ImageError> {
+        let mut map = MetadataMap::default();
+        map_tables(header, l1, &mut map)?;
+        map_snapshots(header, storage, &mut map)?;
+        map_refcounts(header, refcounts, &mut map)?;
+        Ok(map)
+    }
+
     /// What lies in a range of clusters.
     pub(super) fn overlap(&self, clusters: Range<u64>) -> Option<Kind> {
         let (_, (end, kind)) = self.ranges.range(..clusters.end).next_back()?;
@@ -104,6 +123,73 @@ impl MetadataMap {
             }
         }
     }
+}
+
+/// Adds what the header and the L1 table name to the map of metadata.
+fn map_tables(header: &Header, l1: &[u64], map: &mut MetadataMap) -> Result<(), ImageError> {
+    let bits = header.cluster_bits;
+    let clusters = |at: u64, bytes: u64| at >> bits..(at + bytes).div_ceil(1 << bits);
+    map.add(0..1, Kind::Header)?;
+    map.add(clusters(header.l1_offset, l1.len() as u64 * 8), Kind::L1)?;
+    let valid = header.autoclear & header::AUTOCLEAR_BITMAPS != 0;
+    if let Some(b) = header.bitmaps.filter(|_| valid) {
+        let end = b.directory_offset.checked_add(b.directory_size);
+        if end.is_none_or(|e| e > i64::MAX as u64) {
+            return Err(ImageError::Corrupt("bitmap directory".into()));
+        }
+        map.add(clusters(b.directory_offset, b.directory_size), Kind::Bitmaps)?;
+    }
+    let mut tables: Vec<_> = l1.iter().map(|e| (e & entry::OFFSET, e & entry::COPIED)).collect();
+    tables.sort_unstable();
+    // Entries may share a table that none of them writes in place: each makes a copy first.
+    tables.dedup_by(|a, b| a == b && a.1 == 0);
+    for (offset, _) in tables.into_iter().filter(|(offset, _)| *offset != 0) {
+        if !offset.is_multiple_of(1 << bits) {
+            return Err(ImageError::Corrupt(format!("L2 table at {offset:#x}")));
+        }
+        map.add(clusters(offset, 1 << bits), Kind::L2)?;
+    }
+    Ok(())
+}
+
+/// Adds the snapshot table and the snapshots' L1 tables to the map of metadata.
+fn map_snapshots(
+    header: &Header,
+    storage: &dyn Storage,
+    map: &mut MetadataMap,
+) -> Result<(), ImageError> {
+    let bits = header.cluster_bits;
+    let mut add = |what: &str, at: u64, bytes: u64, kind| {
+        let end = at.checked_add(bytes).filter(|end| *end < i64::MAX as u64);
+        match end {
+            Some(end) if at.is_multiple_of(1 << bits) => {
+                map.add(at >> bits..end.div_ceil(1 << bits), kind)
+            }
+            _ => Err(ImageError::Corrupt(format!("{what} at {at:#x}"))),
+        }
+    };
+    if header.snapshot_count > 0 {
+        let (bytes, tables) = snapshots::tables(storage, header)?;
+        add("the snapshot table", header.snapshots_offset, bytes, Kind::Snapshots)?;
+        for (at, bytes) in tables {
+            add("a snapshot's L1 table", at, bytes, Kind::InactiveL1)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds the refcount table and the blocks that it names.
+fn map_refcounts(header: &Header, table: &[u64], map: &mut MetadataMap) -> Result<(), ImageError> {
+    let bits = header.cluster_bits;
+    let first = header.refcount_table_offset >> bits;
+    map.add(first..first + u64::from(header.refcount_table_clusters), Kind::RefcountTable)?;
+    for offset in table.iter().map(|e| e & TABLE_OFFSET).filter(|o| *o != 0) {
+        if !offset.is_multiple_of(1 << bits) || offset >= FILE_LIMIT {
+            return Err(ImageError::Corrupt(format!("refcount block at {offset:#x}")));
+        }
+        map.add(offset >> bits..(offset >> bits) + 1, Kind::RefcountBlock)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::metadata::{Kind, MetadataMap};
 /// Largest slice of a block in bytes.
 const SLICE_BYTES: u64 = 4096;
 /// Offsets in the refcount table.
-const TABLE_OFFSET: u64 = !511;
+pub(super) const TABLE_OFFSET: u64 = !511;
 /// First byte that a file cannot have: L2 entries have 56 bits.
 pub(super) const FILE_LIMIT: u64 = 1 << 56;
 
@@ -78,15 +78,9 @@ impl Refcounts {
         })
     }
 
-    /// Adds table and blocks to the map of metadata.
-    pub(super) fn map(&self, map: &mut MetadataMap) -> Result<(), ImageError> {
-        map.add(self.table_clusters(), Kind::RefcountTable)?;
-        let offsets = self.table.iter().map(|e| e & TABLE_OFFSET).filter(|o| *o != 0);
-        for offset in offsets {
-            let cluster = self.whole(offset)?;
-            map.add(cluster..cluster + 1, Kind::RefcountBlock)?;
-        }
-        Ok(())
+    /// The table's entries.
+    pub(super) fn table(&self) -> &[u64] {
+        &self.table
     }
 
     fn whole(&self, offset: u64) -> Result<u64, ImageError> {
@@ -404,7 +398,8 @@ mod tests {
             let mut counts =
                 Refcounts::read(Arc::clone(&storage), layout, (512, 1), 0).expect("a table");
             let mut map = MetadataMap::default();
-            counts.map(&mut map).expect("no overlap");
+            map.add(1..2, Kind::RefcountTable).expect("free");
+            map.add(2..3, Kind::RefcountBlock).expect("free");
             let (mut at, mut tables) = ((512, 1), 0);
             let last = 5 * counts.end();
             for cluster in (3..last).step_by(17) {

@@ -18,8 +18,6 @@ pub enum Kind {
     Nbdkit,
     /// Ours, on a disk that does nothing.
     Null,
-    /// None: the bare file.
-    Bare,
 }
 
 impl Kind {
@@ -38,7 +36,6 @@ impl Kind {
             Kind::QemuNbd => "qemu-nbd",
             Kind::Nbdkit => "nbdkit",
             Kind::Null => "null",
-            Kind::Bare => "bare",
         }
     }
 }
@@ -71,7 +68,7 @@ impl Served {
         let text = image.display().to_string();
         let at = socket.display().to_string();
         let mut command = match kind {
-            Kind::Ours | Kind::Null | Kind::Bare => {
+            Kind::Ours | Kind::Null => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command.env("RINGBACK_LOG", "warn");
                 command.args(["--end-with", &std::process::id().to_string()]);

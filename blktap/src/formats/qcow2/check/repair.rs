@@ -5,7 +5,7 @@ use super::copied::{self, Mend};
 use super::image::{Image, OnProgress};
 use super::report::CheckReport;
 use super::walk::Sight;
-use super::{examine, rebuild};
+use super::{examine, overlap, rebuild};
 use crate::formats::ImageError;
 use crate::formats::qcow2::header::{AUTOCLEAR_BITMAPS, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY};
 use crate::storage::{Access, Storage};
@@ -53,11 +53,18 @@ pub fn repair(
             image.sync()
         })?;
     }
-    let mut last = job.with_image(examine)?.report;
+    let (mut last, overlap) = job.with_image(|image| {
+        let last = examine(image)?.report;
+        let overlap = overlap(image, &last)?;
+        Ok((last, overlap))
+    })?;
     let first = first.report;
     last.leaks_fixed = first.leaks.saturating_sub(last.leaks);
     last.corruptions_fixed = first.corruptions.saturating_sub(last.corruptions);
     (last.findings, last.unlisted) = (first.findings, first.unlisted);
+    if let Some(text) = overlap {
+        last.corruption(1, || text);
+    }
     if last.corruptions == 0 && last.check_errors == 0 {
         job.mark_clean()?;
     }
