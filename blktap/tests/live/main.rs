@@ -1,5 +1,7 @@
 //! Live disks with several queues and threads: nothing is lost, windows exclude, copies are equal.
 
+#![allow(clippy::print_stdout)]
+
 mod kill;
 mod late;
 #[path = "../support/mod.rs"]
