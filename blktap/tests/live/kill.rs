@@ -133,6 +133,11 @@ fn make(folder: &Path) {
     }
 }
 
+/// A line in one call: whole or not at all.
+fn tell(line: &str) {
+    std::io::stderr().write_all(line.as_bytes()).expect("told");
+}
+
 /// The guest and the job, in the process that is killed. Says what it is about to write and what
 /// is flushed.
 fn be_killed(role: &str) {
@@ -148,7 +153,7 @@ fn be_killed(role: &str) {
             let first = next(&mut seed) % 1000 * 1_000_000;
             for number in first + 1.. {
                 let block = next(&mut seed) % BLOCKS;
-                writeln!(std::io::stderr(), "W {block} {number}").expect("told");
+                tell(&format!("W {block} {number}\n"));
                 let text = number.to_le_bytes().repeat(BLOCK / 8);
                 // It is paused now and then: a request that was refused is tried again.
                 while blocking::write_at(&mut *queue, block * BLOCK as u64, &text).is_err() {
@@ -158,7 +163,7 @@ fn be_killed(role: &str) {
                     while blocking::flush(&mut *queue).is_err() {
                         std::thread::yield_now();
                     }
-                    writeln!(std::io::stderr(), "F {number}").expect("told");
+                    tell(&format!("F {number}\n"));
                 }
             }
         });
@@ -254,6 +259,7 @@ fn killed_jobs_are_completed() {
     let mut seed = 0x2545_f491_4f6c_dd1d;
     let template = crate::support::folder();
     make(template.path());
+    let mut interrupted = 0;
     for job in JOBS {
         let (mut done, mut undone) = (0, 0);
         for round in 0..10 {
@@ -287,6 +293,8 @@ fn killed_jobs_are_completed() {
             }
             check(folder.path(), &what);
         }
-        println!("{job}: {undone} were killed before their end, {done} after");
+        eprintln!("{job}: {undone} were killed before their end, {done} after");
+        interrupted += undone;
     }
+    assert!(interrupted > 0, "no job was killed before its end");
 }

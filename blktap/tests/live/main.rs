@@ -306,7 +306,9 @@ fn jobs_end_in_the_middle_and_guests_go_on() {
     let guests = Guests::start(&live, 3, 20);
     for windows in 0..5 {
         let mut tracked = live.track(Some((copy.clone(), Discards::Drop))).expect("tracked");
-        (0..windows).for_each(|_| _ = tracked.advance(WINDOW).expect("a window"));
+        for _ in 0..windows {
+            tracked.advance(WINDOW).expect("a window");
+        }
         guests.later();
         drop(tracked);
         guests.later();
@@ -317,7 +319,9 @@ fn jobs_end_in_the_middle_and_guests_go_on() {
         &[blktap::faults::Fault::Fail { op: Op::Write, nth: 0, errno: 5 }],
     );
     let mut tracked = live.track(Some((bad, Discards::Pass))).expect("tracked");
-    (0..4).for_each(|_| _ = tracked.advance(WINDOW).expect("a window"));
+    for _ in 0..4 {
+        tracked.advance(WINDOW).expect("a window");
+    }
     let end = Instant::now() + LIMIT;
     while tracked.failure().is_none() {
         assert!(Instant::now() < end, "the error is not told");
