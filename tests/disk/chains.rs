@@ -92,6 +92,26 @@ fn commit_to_an_image_further_down() {
     assert!(said.code == 1 && said.err.contains("does not build on it"), "{said:?}");
 }
 
+/// Where an image in between ends, nothing below it shows through, before or after.
+#[test]
+fn a_short_image_in_between_hides_what_is_below() {
+    for format in ["raw", "qcow2"] {
+        let place = Place::new();
+        place.qemu_img(&["create", "-q", "-f", format, "base", "4M"]);
+        place.qemu_io(format, "base", &["write -P 1 0 4M"]);
+        let overlay = |name: &str, (below, of): (&str, &str), size: &str| {
+            place.qemu_img(&["create", "-q", "-f", "qcow2", "-b", below, "-F", of, name, size]);
+        };
+        overlay("short", ("base", format), "1M");
+        overlay("top", ("short", "qcow2"), "4M");
+        place.qemu_io("qcow2", "top", &["write -P 2 2M 64k"]);
+        place.qemu_img(&["convert", "-O", "raw", "top", "seen.raw"]);
+        place.ok(&["commit", "-b", "base", "top"]);
+        place.assert_same(("seen.raw", "raw"), ("base", format));
+        place.assert_same(("seen.raw", "raw"), ("top", "qcow2"));
+    }
+}
+
 #[test]
 fn what_was_committed_is_given_back() {
     let place = Place::new();

@@ -107,6 +107,8 @@ fn write_down(
         above.status(range, base, &mut found)?;
         out.extend(found.iter().map(|s| {
             let what = match s.place {
+                // Hidden by a layer that is too short, not by what is below all of them.
+                StatusPlace::Nowhere if s.layer + 1 < base => What::Zero,
                 StatusPlace::Nowhere => What::Skip,
                 StatusPlace::Zero => What::Zero,
                 StatusPlace::Data { kept, .. } if kept != Kept::Data => What::Zero,
