@@ -18,7 +18,7 @@ must dd if=$CTL/pattern of="$device" bs=1M seek=80 conv=fsync
 must ringback disk disconnect "$device"
 image_checks qcow2 /scratch/device.img
 must ringback disk convert -f qcow2 -O raw /scratch/device.img /scratch/device-raw.img
-must cmp -n 8388608 -i 0:83886080 $CTL/pattern /scratch/device-raw.img
+must cmp -n 8388608 $CTL/pattern /scratch/device-raw.img 0 83886080
 ln -sf /lab/bin/ringback $CTL/tap-ctl
 device=$($CTL/tap-ctl create -d /dev/nbd1 -R -a aio:/scratch/device-raw.img) || fail "tap-ctl create: $device"
 same "the device" /dev/nbd1 "$device"
