@@ -28,7 +28,7 @@ live coalesce --live "$D" /scratch/one.img
 # Nobody needs them any more.
 rm /scratch/one.img /scratch/two.img
 live stream --live "$D"
-live mirror --live "$D" --switch raw:/scratch/copy.img
+live mirror --live "$D" --switch -O raw /scratch/copy.img
 same "the disk's name" raw:/scratch/copy.img "$(node "$(backend_node g xvda)/params")"
 live snapshot create --live "$D" --overlay /scratch/four.img
 live commit --live "$D"
