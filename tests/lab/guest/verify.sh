@@ -8,8 +8,8 @@ case $1 in
     (
       n=0
       while [ ! -e /tmp/stop ]; do
-        # The first half: the second one stays what it was, on images below.
-        fio --name=v --filename="$2" --rw=randwrite --bsrange=4k-64k --blockalign=4k --iodepth=16 --size=24M --ioengine=libaio \
+        # The start; the second half stays what it was, on images below.
+        fio --name=v --filename="$2" --rw=randwrite --bsrange=4k-64k --blockalign=4k --iodepth=16 --size=8M --ioengine=libaio \
           --direct=1 --fsync=200 --randseed=$n --verify=crc32c --verify_fatal=1 > /tmp/fio.out 2>&1 || { touch /tmp/wrong; break; }
         n=$((n + 1))
         echo $n > /tmp/rounds
