@@ -36,26 +36,7 @@ pub use throttle::ThrottleDisk;
 /// The methods of `Disk` that a filter passes on to its field `below`, but for `queue`.
 macro_rules! forward_to_below {
     () => {
-        fn geometry(&self) -> crate::disk::Geometry {
-            self.below.geometry()
-        }
-        forward_to_below!(but geometry);
-    };
-    (but geometry) => {
-        fn refresh(&self) -> std::io::Result<crate::disk::Geometry> {
-            self.below.refresh()
-        }
-        fn bitmaps(&self) -> Vec<String> {
-            self.below.bitmaps()
-        }
-        fn bitmap(
-            &self,
-            name: &str,
-            range: std::ops::Range<u64>,
-            out: &mut Vec<(u64, bool)>,
-        ) -> std::io::Result<()> {
-            self.below.bitmap(name, range, out)
-        }
+        forward_to_below!(but map);
         forward_to_below!(but geometry, bitmaps);
     };
     (but map) => {
