@@ -42,8 +42,9 @@ impl Caching {
 pub enum Disk {
     /// It does nothing and touches no payload.
     Null { size: u64 },
-    /// A raw file, and one like it for the peer: each locks its own.
-    File { path: PathBuf, peers: PathBuf, cache: Caching, access: Access },
+    /// A raw file, the same for the peer, which takes no lock: past the cache the place of a file
+    /// on its device makes more of a difference than who serves it.
+    File { path: PathBuf, cache: Caching, access: Access },
 }
 
 impl Disk {
@@ -87,10 +88,8 @@ impl Disk {
     /// Brings a file into the page cache once more before it is measured there, for a kernel may
     /// have taken idle pages back in the meantime (DAMON's proactive reclaim does).
     fn warm(&self) -> Result<()> {
-        if let Disk::File { path, peers, cache: Caching::Cached, .. } = self {
-            for file in [path, peers].into_iter().filter(|file| file.exists()) {
-                std::io::copy(&mut std::fs::File::open(file)?, &mut std::io::sink())?;
-            }
+        if let Disk::File { path, cache: Caching::Cached, .. } = self {
+            std::io::copy(&mut std::fs::File::open(path)?, &mut std::io::sink())?;
         }
         Ok(())
     }
@@ -213,18 +212,14 @@ pub fn run(options: &BenchBlk) -> Result {
 /// The disks to measure, and what is done to them.
 fn disks(options: &BenchBlk, place: &Path) -> Result<(Vec<Disk>, Vec<Op>)> {
     let null = Disk::Null { size: NULL_SIZE };
-    let both = |path: &Path, peers: &Path, access| {
-        let (path, peers) = (path.to_owned(), peers.to_owned());
-        let file = |cache| Disk::File { path: path.clone(), peers: peers.clone(), cache, access };
+    let both = |path: &Path, access| {
+        let file = |cache| Disk::File { path: path.to_owned(), cache, access };
         [Caching::Cached, Caching::Direct].map(file)
     };
     if options.disk.is_empty() {
-        let (path, peers) = (place.join("ours"), place.join("theirs"));
+        let path = place.join("disk");
         make_file(&path)?;
-        if options.peer != cli::Peer::None {
-            make_file(&peers)?;
-        }
-        let files = both(&path, &peers, Access::ReadWrite);
+        let files = both(&path, Access::ReadWrite);
         return Ok((std::iter::once(null).chain(files).collect(), vec![Op::Read, Op::Write]));
     }
     let mut disks = Vec::new();
@@ -236,7 +231,7 @@ fn disks(options: &BenchBlk, place: &Path) -> Result<(Vec<Disk>, Vec<Op>)> {
         }
         // Somebody's file is only read.
         ops.truncate(1);
-        disks.extend(both(named, named, Access::ReadOnly));
+        disks.extend(both(named, Access::ReadOnly));
     }
     Ok((disks, ops))
 }
@@ -271,11 +266,9 @@ struct Pair<'a> {
 
 impl<'a> Pair<'a> {
     fn start(disk: &'a Disk, options: &'a BenchBlk) -> Result<Pair<'a>> {
-        if let Disk::File { path, peers, .. } = disk {
+        if let Disk::File { path, .. } = disk {
             // What the last disk's writes left is not to be written during this one's turn.
-            for file in [path, peers].into_iter().filter(|file| file.exists()) {
-                std::fs::File::open(file)?.sync_all()?;
-            }
+            std::fs::File::open(path)?.sync_all()?;
         }
         let folders = [Scratch::new(None)?, Scratch::new(None)?];
         host::place(options.place, End::Backend)?;
@@ -295,13 +288,19 @@ impl<'a> Pair<'a> {
         // Its client must choose, where our frontend adapts.
         let mut theirs = [(Waiting::Sleeping, Vec::new()), (Waiting::Polling, Vec::new())];
         let (mut ours, mut alone) = (Vec::new(), Vec::new());
-        for _ in 0..self.options.rounds.max(1) {
+        for round in 0..self.options.rounds.max(1) {
             self.disk.warm()?;
-            ours.push(self.ours.measure(load, None)?);
+            // Who begins changes with each round.
+            if round % 2 == 0 {
+                ours.push(self.ours.measure(load, None)?);
+            }
             if let Some(qemu) = &self.qemu {
                 for (waiting, all) in &mut theirs {
                     all.push(qemu.measure(load, *waiting)?);
                 }
+            }
+            if round % 2 == 1 {
+                ours.push(self.ours.measure(load, None)?);
             }
             if let (Disk::File { path, cache, .. }, Op::Read) = (self.disk, op) {
                 alone.push(iops(&alone::measure(path, *cache, load)?));

@@ -61,14 +61,14 @@ impl Qemu {
             Disk::Null { size } => {
                 format!("null-co,node-name=disk,size={size},read-zeroes=off,latency-ns=0")
             }
-            Disk::File { peers: path, cache, access, .. } => {
+            Disk::File { path, cache, access } => {
                 let read_only = if *access == Access::ReadOnly { "on" } else { "off" };
                 let direct = if cache.is_direct() { "on" } else { "off" };
                 // A comma in a value is doubled.
                 let path = path.display().to_string().replace(',', ",,");
                 format!(
                     "file,node-name=disk,filename={path},aio=io_uring,cache.direct={direct},\
-                     cache.no-flush=off,discard=unmap,read-only={read_only}"
+                     cache.no-flush=off,discard=unmap,locking=off,read-only={read_only}"
                 )
             }
         };
