@@ -52,12 +52,14 @@ pub(super) trait Around: Send {
 pub(super) struct Wrapped<A: Around> {
     around: A,
     depth: u32,
+    /// Requests taken and not yet polled as done.
+    in_flight: u32,
 }
 
 impl<A: Around> Wrapped<A> {
     /// `around` holds at most `depth` requests, those of the queue below included.
     pub(super) fn new(around: A, depth: u32) -> Wrapped<A> {
-        Wrapped { around, depth }
+        Wrapped { around, depth, in_flight: 0 }
     }
 
     /// Waits with the filter's bell among the descriptors.
@@ -78,10 +80,12 @@ impl<A: Around> Wrapped<A> {
 
 impl<A: Around> DiskQueue for Wrapped<A> {
     fn submit(&mut self, request: &Request<'_>) -> Result<(), Full> {
-        if self.in_flight() >= self.depth {
+        if self.in_flight >= self.depth {
             return Err(Full);
         }
-        self.around.take(request)
+        self.around.take(request)?;
+        self.in_flight += 1;
+        Ok(())
     }
     fn submit_all(&mut self) -> io::Result<()> {
         self.around.flow()?;
@@ -92,6 +96,7 @@ impl<A: Around> DiskQueue for Wrapped<A> {
         let from = done.len();
         let polled = self.around.below_mut().poll(done);
         self.around.completed(done, from);
+        self.in_flight -= (done.len() - from) as u32;
         polled
     }
     fn wait(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
@@ -113,7 +118,7 @@ impl<A: Around> DiskQueue for Wrapped<A> {
         self.around.below_mut().prioritize(priority);
     }
     fn in_flight(&self) -> u32 {
-        self.around.held() + self.around.below().in_flight()
+        self.in_flight
     }
     fn counters(&self) -> Option<Handle<EngineCounters>> {
         self.around.below().counters()
