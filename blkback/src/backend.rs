@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use blktap::filters::throttle::{self, Group, Groups};
 use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
-use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::image::{self, BackingPolicy, Commits, ImageOptions};
 use blktap::live::jobs::{AtTheEnd, Opening};
 use blktap::live::{LiveDisk, Name};
 use blktap::storage::{Access, Cache, Lock, OpenOptions, Sharing};
@@ -43,6 +43,8 @@ pub struct Wanted {
     pub cache: Cache,
     /// Memory for the L2 tables of a QCOW2 image.
     pub l2_cache: L2Cache,
+    /// When an image's metadata is written.
+    pub commits: Commits,
     /// What for.
     pub how: Opening,
     /// How long to wait for a lock of another process.
@@ -164,6 +166,7 @@ impl BlkDevice {
             access: if writable { Access::ReadWrite } else { Access::ReadOnly },
             cache: config.cache,
             l2_cache: config.l2_cache_size,
+            commits: config.commits,
             how: Opening::Guest,
             patience: if how == Meeting::Attach { LAST_REQUESTS } else { ANOTHER_USER },
         })
@@ -515,7 +518,10 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
         Opening::Read => (file.lock(Lock::Off).access(Access::ReadOnly), backing.clone()),
         Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
-    let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
+    let options = ImageOptions::new(format, file)
+        .backing(backing)
+        .l2_cache(wanted.l2_cache)
+        .commits(wanted.commits);
     let disk = match wanted.how {
         Opening::Guest => image::open(&options),
         // With its layers, also where there is but one.
