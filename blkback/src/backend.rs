@@ -3,15 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blktap::filters::throttle::{self, Group, Groups};
 use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
-use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::image::{self, BackingPolicy, Commits, ImageOptions};
 use blktap::live::jobs::{AtTheEnd, Opening};
 use blktap::live::{LiveDisk, Name};
-use blktap::storage::{Access, Cache, Lock, OpenOptions};
+use blktap::storage::{Access, Cache, Lock, OpenOptions, Sharing};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use crate::config::{ChangedLog, Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
+use crate::inflight::{self, Tables};
 use crate::live::{self, Jobs, Task};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
@@ -42,9 +43,20 @@ pub struct Wanted {
     pub cache: Cache,
     /// Memory for the L2 tables of a QCOW2 image.
     pub l2_cache: L2Cache,
+    /// When an image's metadata is written.
+    pub commits: Commits,
     /// What for.
     pub how: Opening,
+    /// How long to wait for a lock of another process.
+    pub patience: Duration,
 }
+
+/// How long a killed backend's last requests may take: until they have ended, its lock stays, and
+/// a successor that went on could see one of them land on newer data. The guest waits meanwhile
+/// either way.
+const LAST_REQUESTS: Duration = Duration::from_secs(30);
+/// How long another user of an image may take to let go of it before a guest connects.
+pub(crate) const ANOTHER_USER: Duration = Duration::from_secs(5);
 
 /// Opens the disk that a node names. Its error's text reaches the guest's administrator.
 pub type Open = dyn Fn(&Wanted) -> Result<Arc<dyn Disk>, Fault> + Send + Sync;
@@ -145,7 +157,7 @@ impl BlkDevice {
         Ok(config)
     }
 
-    fn wanted(nodes: &Nodes, config: &Config) -> Result<Wanted, Fault> {
+    fn wanted(nodes: &Nodes, config: &Config, how: Meeting) -> Result<Wanted, Fault> {
         let params = nodes.own("params")?.filter(|p| !p.is_empty());
         let params = params.ok_or_else(|| Fault("params: names no disk".into()))?;
         let writable = nodes.own("mode")?.is_none_or(|mode| mode.starts_with('w'));
@@ -154,7 +166,9 @@ impl BlkDevice {
             access: if writable { Access::ReadWrite } else { Access::ReadOnly },
             cache: config.cache,
             l2_cache: config.l2_cache_size,
+            commits: config.commits,
             how: Opening::Guest,
+            patience: if how == Meeting::Attach { LAST_REQUESTS } else { ANOTHER_USER },
         })
     }
 
@@ -239,7 +253,7 @@ impl BlkDevice {
         config: &Config,
         serving: &mut Serving,
         limits: Limits,
-        faults: &Faults,
+        (how, faults): (Meeting, &Faults),
     ) -> Result<(), Fault> {
         let accepted = Accepted::read(&offer(config), |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
@@ -248,7 +262,8 @@ impl BlkDevice {
             GrantMode::Persistent if !accepted.persistent => GrantMode::Copy,
             wanted => wanted,
         };
-        for (number, queue) in accepted.queues.iter().enumerate() {
+        let tables = Tables::of(&self.run_dir, &self.id, &accepted, how);
+        for (number, (queue, table)) in accepted.queues.iter().zip(tables.memory).enumerate() {
             serving.queues.push(Queue::start(Start {
                 hypervisor: &*self.hypervisor,
                 disk: &*serving.disk,
@@ -259,6 +274,8 @@ impl BlkDevice {
                 protocol: accepted.protocol,
                 keys: queue,
                 grants,
+                table,
+                past: &tables.past,
                 limits,
                 faults: faults.clone(),
                 ring_counters: block(&stats, &format!("ring-{number}")),
@@ -304,6 +321,20 @@ impl BlkDevice {
         }
     }
 
+    /// Answers what is in flight, and ends the queues.
+    fn stop(&mut self, why: Parting) {
+        let Some(mut serving) = self.serving.take() else { return };
+        let begun = Instant::now();
+        // What a job holds back goes on, or the queues would wait for it.
+        serving.jobs.stop();
+        // All are told before the first is waited for.
+        serving.queues.iter().for_each(|queue| queue.stop(why));
+        serving.queues.clear();
+        if self.log.permits(&self.id) {
+            tracing::info!("{}: disconnected in {} ms", self.id, begun.elapsed().as_millis());
+        }
+    }
+
     /// Changes a knob of the running queues.
     fn set(&mut self, knob: &str, value: &str) -> Result<Value, Fault> {
         let Some(serving) = &mut self.serving else {
@@ -332,10 +363,7 @@ impl BlkDevice {
         if geometry.size != serving.geometry.size {
             serving.queues.iter().for_each(|q| q.resize(geometry.size / 512));
             serving.geometry = geometry;
-            nodes.write(&[("sectors".to_owned(), (geometry.size / 512).to_string())])?;
-            // Linux's blkfront looks at `sectors` again when it sees us become connected.
-            nodes.set_state(State::Connected)?;
-            tracing::info!("{}: now {} bytes", self.id, geometry.size);
+            serving.tell_size(nodes)?;
         }
         Ok(geometry.size)
     }
@@ -351,9 +379,9 @@ impl Device for BlkDevice {
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
-        self.disconnect(Parting::Frontend);
+        self.stop(Parting::Frontend);
         let config = self.config_of(nodes)?;
-        let wanted = Self::wanted(nodes, &config)?;
+        let wanted = Self::wanted(nodes, &config, how)?;
         let live = LiveDisk::new((self.open)(&wanted)?);
         let jobs = Jobs::new(live.clone(), self.open.clone(), wanted, nodes);
         let disk: Arc<dyn Disk> = live;
@@ -366,14 +394,12 @@ impl Device for BlkDevice {
         let (queues, _stats) = (Vec::new(), None);
         let mut serving =
             Serving { queues, config: config.clone(), jobs, disk, changed, geometry, _stats };
-        self.start(nodes, &config, &mut serving, limits, &faults)?;
+        self.start(nodes, &config, &mut serving, limits, (how, &faults))?;
+        if how == Meeting::Attach {
+            serving.tell_size(nodes)?;
+        }
         if self.log.permits(&self.id) {
-            tracing::info!(
-                "{}: {} with {} queue(s)",
-                self.id,
-                if how == Meeting::Fresh { "connected" } else { "attached" },
-                serving.queues.len()
-            );
+            serving.log_begin(&self.id, how);
         }
         self.serving = Some(serving);
         #[cfg(feature = "test-faults")]
@@ -384,15 +410,10 @@ impl Device for BlkDevice {
     }
 
     fn disconnect(&mut self, why: Parting) {
-        let Some(mut serving) = self.serving.take() else { return };
-        let begun = Instant::now();
-        // What a job holds back goes on, or the queues would wait for it.
-        serving.jobs.stop();
-        // All are told before the first is waited for.
-        serving.queues.iter().for_each(|queue| queue.stop(why));
-        serving.queues.clear();
-        if self.log.permits(&self.id) {
-            tracing::info!("{}: disconnected in {} ms", self.id, begun.elapsed().as_millis());
+        self.stop(why);
+        // A successor wants to know also that nothing is unanswered.
+        if why == Parting::Frontend {
+            inflight::forget(&self.run_dir, &self.id);
         }
     }
 
@@ -423,6 +444,32 @@ impl Device for BlkDevice {
 }
 
 impl Serving {
+    fn log_begin(&self, id: &DeviceId, how: Meeting) {
+        let queues = self.queues.len();
+        match how {
+            Meeting::Fresh => tracing::info!("{id}: connected with {queues} queue(s)"),
+            Meeting::Attach => {
+                let replays: u32 = self.queues.iter().map(|queue| queue.replays).sum();
+                tracing::info!(
+                    "{id}: attached with {queues} queue(s), {replays} request(s) are served again"
+                );
+            }
+        }
+    }
+
+    /// Tells the guest the disk's size, unless it was told that already: a predecessor may have
+    /// been killed before it could.
+    fn tell_size(&self, nodes: &Nodes) -> Result<(), Fault> {
+        let sectors = (self.geometry.size / 512).to_string();
+        if nodes.own("sectors")?.as_ref() != Some(&sectors) {
+            nodes.write(&[("sectors".to_owned(), sectors)])?;
+            // Linux's blkfront looks at `sectors` again when it sees us become connected.
+            nodes.set_state(State::Connected)?;
+            tracing::info!("{}: now {} bytes", nodes.id(), self.geometry.size);
+        }
+        Ok(())
+    }
+
     /// What concerns jobs.
     fn steer(&mut self, command: Command) -> Result<Value, Fault> {
         match command {
@@ -463,12 +510,18 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
     };
     let file = OpenOptions::new(path).access(wanted.access).cache(wanted.cache);
     let (file, backing) = match wanted.how {
-        Opening::Guest => (file, backing.clone()),
+        Opening::Guest => {
+            let lock = Lock::Held { sharing: Sharing::Exclusive, wait: wanted.patience };
+            (file.lock(lock), backing.clone())
+        }
         Opening::Below => (file.lock(Lock::Off), backing.clone()),
         Opening::Read => (file.lock(Lock::Off).access(Access::ReadOnly), backing.clone()),
         Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
-    let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
+    let options = ImageOptions::new(format, file)
+        .backing(backing)
+        .l2_cache(wanted.l2_cache)
+        .commits(wanted.commits);
     let disk = match wanted.how {
         Opening::Guest => image::open(&options),
         // With its layers, also where there is but one.

@@ -11,6 +11,7 @@ use blktap::filters::fault::Faults;
 use blktap::filters::priority::Priority;
 use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
+use blktap::image::Commits;
 use blktap::storage::Cache;
 pub use knobs::{KNOBS, Knob, Reach};
 
@@ -46,6 +47,8 @@ pub struct Config {
     pub cache: Cache,
     /// Memory for the L2 tables of each QCOW2 image of a chain.
     pub l2_cache_size: L2Cache,
+    /// When the metadata of images is written.
+    pub commits: Commits,
     /// Payload transport.
     pub grants: GrantMode,
     /// Pages that a queue keeps mapped.
@@ -99,6 +102,7 @@ impl Default for Config {
         Config {
             cache: Cache::None,
             l2_cache_size: L2Cache::default(),
+            commits: Commits::BeforeAnswer,
             grants: GrantMode::Persistent,
             max_persistent_grants: 1056,
             persistent_idle_s: 60,

@@ -26,6 +26,8 @@ perf::counters! {
         largest: Gauge [bytes],
         /// Requests answered with an error.
         errors: Counter [requests],
+        /// Requests that a killed predecessor had taken and not answered, served again.
+        replayed: Counter [requests],
         /// Granted pages mapped.
         grants_mapped: Counter [pages],
         /// Granted pages copied by the hypervisor.

@@ -9,6 +9,7 @@ pub mod config;
 mod control;
 mod counters;
 pub mod frontend;
+mod inflight;
 #[cfg(feature = "test-faults")]
 mod leak;
 mod live;

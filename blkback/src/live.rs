@@ -15,7 +15,7 @@ use hypervisor::xenbus::{Fault, Nodes};
 use parking_lot::{Condvar, Mutex};
 use serde_json::{Value, json};
 
-use crate::backend::{Open, Wanted};
+use crate::backend::{ANOTHER_USER, Open, Wanted};
 
 /// How long a guest's disk is held for the other disks of a snapshot.
 const HOLD: Duration = Duration::from_secs(10);
@@ -241,6 +241,7 @@ impl Jobs {
     /// For the disk that `wanted` names.
     pub(crate) fn new(live: Arc<LiveDisk>, open: Arc<Open>, wanted: Wanted, nodes: &Nodes) -> Jobs {
         let name = Mutex::new(wanted.params.parse().ok());
+        let wanted = Wanted { patience: ANOTHER_USER, ..wanted };
         let place = Arc::new(Place { open, wanted, nodes: nodes.clone(), name });
         Jobs { live, place, last: None, numbers: 0 }
     }

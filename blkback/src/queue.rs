@@ -16,12 +16,14 @@ use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use parking_lot::Mutex;
 use perf::Handle;
+use rings::inflight::Forget;
 use rings::persistent::PoolCounters;
-use rings::{BackRing, Notify, RingCounters, Table};
+use rings::{BackRing, InFlight, Notify, Pending, RingCounters, Table};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, GrantMode};
 use crate::counters::QueueCounters;
+use crate::inflight::{Past, TableMemory};
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
 use blktap::polling::Pollers;
@@ -91,6 +93,9 @@ pub(crate) struct Start<'a> {
     pub protocol: Protocol,
     pub keys: &'a QueueKeys,
     pub grants: GrantMode,
+    /// Where its in-flight table lies, and what is in it.
+    pub table: TableMemory,
+    pub past: &'a Past,
     pub limits: Limits,
     pub faults: Faults,
     pub ring_counters: Handle<RingCounters>,
@@ -105,6 +110,48 @@ pub(crate) struct Queue {
     thread: Option<std::thread::JoinHandle<()>>,
     tid: Arc<AtomicU64>,
     counters: Handle<QueueCounters>,
+    /// Requests of a predecessor that are served again.
+    pub(crate) replays: u32,
+}
+
+/// A ring with its table.
+type Served<A> = BackRing<Ring<A>, Arc<SharedMapping>, Table<<A as Abi>::Req, TableMemory>>;
+
+/// Takes a ring over, with what a predecessor has left unanswered.
+fn attach<A: Abi>(mapping: SharedMapping, start: &Start<'_>) -> Result<(Served<A>, Notify), Fault> {
+    let fault = |e: &dyn std::fmt::Display| Fault(format!("{}: {e}", start.name));
+    let (mapping, memory) = (Arc::new(mapping), start.table.clone());
+    let slots = rings::slot_count::<Ring<A>>(start.keys.ring_refs.len());
+    let table = match start.past {
+        Past::None => Table::format(memory, slots),
+        Past::Kept => Table::open(memory, slots),
+        Past::Lost(why) => {
+            // Before anything is noted from which another successor would believe otherwise.
+            must_be_idle::<A>(&mapping, slots, why).map_err(|e| fault(&e))?;
+            Table::format(memory, slots)
+        }
+    };
+    let table = table.map_err(|e| fault(&format!("what the predecessor has left: {e}")))?;
+    if *start.past == Past::Kept && table.taken().is_none() {
+        let why = "nothing is noted of this ring";
+        must_be_idle::<A>(&mapping, slots, why).map_err(|e| fault(&e))?;
+    }
+    BackRing::attach(mapping, table, start.ring_counters.clone()).map_err(|e| fault(&e))
+}
+
+/// Fails where something is unanswered. The ring does not say what: answers have gone into the
+/// slots of other requests (see `rings::inflight`).
+fn must_be_idle<A: Abi>(ring: &Arc<SharedMapping>, slots: u32, why: &str) -> Result<(), String> {
+    let ring =
+        BackRing::<Ring<A>, _, _>::attach(ring.clone(), Forget::new(slots), Handle::default());
+    let (mut ring, _) = ring.map_err(|e| e.to_string())?;
+    match ring.peek().map_err(|e| e.to_string())? {
+        Pending::Nothing => Ok(()),
+        Pending::Work => Err(format!(
+            "requests are unanswered, and what the killed backend had begun is not known ({why}): \
+             the guest must connect its disk anew"
+        )),
+    }
 }
 
 impl Queue {
@@ -118,7 +165,7 @@ impl Queue {
     }
 
     fn start_as<A: Abi>(start: Start<'_>) -> Result<Queue, Fault> {
-        let Start { config, name, counters, .. } = start;
+        let (config, name, counters) = (start.config, &start.name, &start.counters);
         let grants = start.hypervisor.grants()?;
         let refs = &start.keys.ring_refs;
         let mapping = grants
@@ -130,12 +177,9 @@ impl Queue {
             Fault(format!("{name}: binding event-channel {}: {e}", start.keys.port))
         })?;
         let size = rings::slot_count::<Ring<A>>(refs.len()) as usize;
-        let (ring, notify) = BackRing::<Ring<A>, SharedMapping, Table<A::Req>>::attach(
-            mapping,
-            Table::on_heap(size as u32),
-            start.ring_counters,
-        )
-        .map_err(|e| Fault(format!("{name}: {e}")))?;
+        let (ring, notify) = attach::<A>(mapping, &start)?;
+        let replays = ring.replays();
+        counters.replayed.add(u64::from(replays));
         if notify == Notify::Send {
             channel.notify()?;
         }
@@ -168,7 +212,7 @@ impl Queue {
         let cpus = cpus_of(config, start.number);
         let (tid, faults) = (Arc::new(AtomicU64::new(0)), start.faults);
         let seen = tid.clone();
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || {
             seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
             if let Err(e) = cpus.and_then(|cpus| bind_to(&cpus)) {
                 tracing::warn!("{}: cannot bind to processors: {e}", worker.name);
@@ -180,7 +224,7 @@ impl Queue {
                 faults.report(fault);
             }
         })?;
-        Ok(Queue { shared, thread: Some(thread), tid, counters })
+        Ok(Queue { shared, thread: Some(thread), tid, counters: start.counters, replays })
     }
 
     /// Tells the queue of a new size.

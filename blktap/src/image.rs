@@ -17,7 +17,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 pub use open::{
-    BackingPolicy, ImageFormat, ImageOpenError, ImageOptions, MAX_CHAIN, open, open_image,
+    BackingPolicy, Commits, ImageFormat, ImageOpenError, ImageOptions, MAX_CHAIN, open, open_image,
     open_layers,
 };
 pub use probe::probe;
@@ -40,6 +40,7 @@ struct Shared {
     /// A power of two.
     logical: u32,
     access: Access,
+    commits: Commits,
     /// Whether `close` has been carried out, and how that ended.
     closed: Mutex<Option<Result<(), String>>>,
 }
@@ -85,6 +86,16 @@ impl ImageDisk {
         logical_block: u32,
         blocking: Blocking,
     ) -> Result<Arc<Self>, ImageError> {
+        ImageDisk::that_commits(layers, logical_block, blocking, Commits::AtFlush)
+    }
+
+    /// As [`new`](Self::new), with a choice of when metadata is written.
+    pub fn that_commits(
+        layers: Vec<Arc<dyn Format>>,
+        logical_block: u32,
+        blocking: Blocking,
+        commits: Commits,
+    ) -> Result<Arc<Self>, ImageError> {
         if !logical_block.is_power_of_two() || !(512..=4096).contains(&logical_block) {
             let why = format!("a logical block of {logical_block} bytes: 512, 1024, 2048 or 4096");
             return Err(ImageError::Invalid(why));
@@ -96,6 +107,7 @@ impl ImageDisk {
             workers: Arc::new(Workers::new(blocking)),
             log: Arc::default(),
             logical: logical_block,
+            commits,
             closed: Mutex::new(None),
         };
         Ok(Arc::new(ImageDisk { shared: Arc::new(shared) }))

@@ -4,25 +4,63 @@ use std::collections::BTreeMap;
 use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{after, select};
+use crossbeam::channel::{Receiver, Sender, after, bounded, select};
 use hypervisor::DomId;
 use hypervisor::store::{Client, Tx, Watched};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::{Context, Result, backend};
 use crate::cli::Serve;
 use crate::signals;
 
-/// A backend that ends sooner than this is not started again at once.
-const SHORT_LIFE: Duration = Duration::from_secs(1);
-/// How long it then waits.
-const BACK_OFF: Duration = Duration::from_secs(2);
-/// How often ended children are looked for.
+/// A backend that ends sooner than this has done nothing: the next one waits.
+const SHORT_LIFE: Duration = Duration::from_millis(500);
+/// How long after the first such end; after each further one twice as long,
+const BACK_OFF: Duration = Duration::from_millis(100);
+/// up to this.
+const LONGEST: Duration = Duration::from_secs(3);
+/// How often ended children and those that are to be started are looked for, if nothing calls.
 const REAP: Duration = Duration::from_millis(200);
 
 struct Guest {
     child: Option<Child>,
     started: Instant,
+    /// When to start the next, once this one has ended.
+    next: Instant,
+    /// Ends after a short life, in a row.
+    failures: u32,
+}
+
+impl Guest {
+    fn ended(&mut self, now: Instant) {
+        self.child = None;
+        self.failures = match now.duration_since(self.started) < SHORT_LIFE {
+            true => self.failures + 1,
+            false => 0,
+        };
+        self.next = now + pause(self.failures);
+    }
+}
+
+/// How long a guest waits for its next backend after so many failures in a row.
+fn pause(failures: u32) -> Duration {
+    match failures {
+        0 => Duration::ZERO,
+        n => (BACK_OFF * 2u32.saturating_pow(n - 1).min(1024)).min(LONGEST),
+    }
+}
+
+/// Rings the bell when a child has ended.
+fn watch(child: &Child, bell: Sender<()>) -> Result<()> {
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let wait = move || {
+        while poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).is_err() {}
+        // Full: it rings already.
+        let _ = bell.try_send(());
+    };
+    std::thread::Builder::new().name("child".into()).spawn(wait)?;
+    Ok(())
 }
 
 struct Daemon<'a> {
@@ -31,6 +69,7 @@ struct Daemon<'a> {
     context: &'a Context,
     serve: &'a Serve,
     guests: BTreeMap<DomId, Guest>,
+    ended: (Sender<()>, Receiver<()>),
 }
 
 /// Runs until a signal or the end of xenstored.
@@ -41,13 +80,16 @@ pub fn run(context: &Context, serve: &Serve) -> Result {
     let store = hypervisor.store()?;
     let root = format!("{}/backend/vbd", store.domain_path(hypervisor.domid())?);
     store.watch(&root, "backend")?;
-    let mut daemon = Daemon { store, root, context, serve, guests: BTreeMap::new() };
+    let ended = bounded(1);
+    let bell = ended.1.clone();
+    let mut daemon = Daemon { store, root, context, serve, guests: BTreeMap::new(), ended };
     tracing::info!("serving block devices at {}", daemon.root);
     let inbox = daemon.store.inbox().clone();
     let result = loop {
         select! {
             recv(stop) -> _ => break Ok(ExitCode::SUCCESS),
             recv(inbox.bell()) -> _ => {}
+            recv(bell) -> _ => {}
             recv(after(REAP)) -> _ => {}
         }
         let events = inbox.take();
@@ -77,7 +119,7 @@ impl Daemon<'_> {
             let Some(child) = &mut guest.child else { continue };
             if let Some(status) = child.try_wait()? {
                 tracing::info!("the backend of domain {domid} has ended: {status}");
-                guest.child = None;
+                guest.ended(Instant::now());
                 ended = true;
             }
         }
@@ -100,16 +142,15 @@ impl Daemon<'_> {
         }
         self.guests.retain(|domid, guest| guest.child.is_some() || wanted.contains(domid));
         for domid in wanted {
-            let idle = match self.guests.get(&domid) {
-                Some(Guest { child: Some(_), .. }) => false,
-                // It failed at once: not again and again.
-                Some(Guest { child: None, started }) => started.elapsed() > SHORT_LIFE + BACK_OFF,
-                None => true,
+            let now = Instant::now();
+            let failures = match self.guests.get(&domid) {
+                Some(Guest { child: Some(_), .. }) => continue,
+                Some(guest) if now < guest.next => continue,
+                Some(guest) => guest.failures,
+                None => 0,
             };
-            if idle {
-                let child = self.spawn(domid)?;
-                self.guests.insert(domid, Guest { child: Some(child), started: Instant::now() });
-            }
+            let child = Some(self.spawn(domid)?);
+            self.guests.insert(domid, Guest { child, started: now, next: now, failures });
         }
         Ok(())
     }
@@ -142,6 +183,9 @@ impl Daemon<'_> {
             command.arg("--allow-backing").arg(folder);
         }
         let child = command.spawn()?;
+        if let Err(e) = watch(&child, self.ended.0.clone()) {
+            tracing::debug!("process {} is looked after now and then: {e}", child.id());
+        }
         tracing::info!("process {} serves domain {domid}", child.id());
         Ok(child)
     }
@@ -162,5 +206,27 @@ impl Daemon<'_> {
                 tracing::warn!("process {}: {e}", child.id());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_killed_backend_is_followed_at_once_and_a_failing_one_ever_later() {
+        let started = Instant::now();
+        let mut guest = Guest { child: None, started, next: started, failures: 0 };
+        guest.ended(started + SHORT_LIFE);
+        assert_eq!(guest.next, started + SHORT_LIFE);
+        let mut pauses = Vec::new();
+        for _ in 0..40 {
+            guest.ended(started);
+            pauses.push(guest.next - started);
+        }
+        assert!(pauses.is_sorted());
+        assert_eq!((pauses[0], pauses[1], pauses[39]), (BACK_OFF, 2 * BACK_OFF, LONGEST));
+        guest.ended(started + SHORT_LIFE);
+        assert_eq!(guest.next, started + SHORT_LIFE);
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use blktap::filters::changed::LogOptions;
+use blktap::image::Commits;
 use blktap::storage::Cache;
 
 use super::{ChangedLog, Config, GrantMode, MAX_QUEUES, Ordering};
@@ -92,6 +93,23 @@ pub const KNOBS: &[Knob] = &[
         shows_in: "latency_read, latency_write",
         reach: Reach::Connect,
         set: |c, v| put(&mut c.l2_cache_size, v.parse().ok()),
+    },
+    Knob {
+        name: "metadata",
+        unit: "",
+        default: "answer",
+        range: "answer, flush",
+        help: "when the tables of a growing image (QCOW2, VHD) are in its file: before a write is answered, so that nothing is lost if the backend is killed, or with the guest's next flush, which is faster and loses what came after the last flush",
+        shows_in: "latency_write",
+        reach: Reach::Connect,
+        set: |c, v| {
+            c.commits = match v {
+                "answer" => Commits::BeforeAnswer,
+                "flush" => Commits::AtFlush,
+                _ => return None,
+            };
+            Some(())
+        },
     },
     Knob {
         name: "grants",

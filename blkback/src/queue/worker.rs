@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 use blktap::polling::Pollers;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
-use hypervisor::{Direction, EventChannel, SharedMapping};
+use hypervisor::{Direction, EventChannel};
 use perf::Handle;
-use rings::{BackRing, Notify, Pending, Table};
+use rings::{Notify, Pending};
 
-use super::Shared;
 use super::memory::{Memory, TABLE_PAGES};
 use super::slots::{Place, Slot, Slots, Stage, Work};
+use super::{Served, Shared};
 use crate::counters::QueueCounters;
 use crate::proto::{
-    self, Abi, Body, Checked, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request, Response, Ring,
+    self, Abi, Body, Checked, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request, Response,
     SEGMENT_BYTES, SEGMENTS_PER_PAGE, Segment, WireSegment,
 };
 use zerocopy::FromBytes;
@@ -65,7 +65,7 @@ fn status_of(errno: i32) -> i16 {
 /// One queue with all that it needs.
 pub(super) struct Worker<A: Abi> {
     pub name: String,
-    pub ring: BackRing<Ring<A>, SharedMapping, Table<A::Req>>,
+    pub ring: Served<A>,
     pub channel: Box<dyn EventChannel>,
     pub disk: Box<dyn DiskQueue>,
     pub memory: Memory,

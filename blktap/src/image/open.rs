@@ -85,6 +85,16 @@ pub enum BackingPolicy {
     Allow(Vec<PathBuf>),
 }
 
+/// When a change of an image's metadata gets into its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commits {
+    /// With a flush, as in a disk with a volatile cache. A process that is killed loses what was
+    /// written since the last one into places that the image did not have.
+    AtFlush,
+    /// Before the request that made it is answered. What was answered survives the process.
+    BeforeAnswer,
+}
+
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct ImageOptions {
@@ -98,6 +108,8 @@ pub struct ImageOptions {
     pub l2_cache: L2Cache,
     /// Where blocking work is done.
     pub blocking: Blocking,
+    /// When metadata is written.
+    pub commits: Commits,
 }
 
 impl ImageOptions {
@@ -109,11 +121,17 @@ impl ImageOptions {
             backing: BackingPolicy::Allow(Vec::new()),
             l2_cache: L2Cache::default(),
             blocking: Blocking::Threads,
+            commits: Commits::AtFlush,
         }
     }
     /// With another policy.
     pub fn backing(mut self, backing: BackingPolicy) -> Self {
         self.backing = backing;
+        self
+    }
+    /// With metadata written at another time.
+    pub fn commits(mut self, commits: Commits) -> Self {
+        self.commits = commits;
         self
     }
     /// With so much memory for L2 tables.
@@ -165,7 +183,8 @@ pub fn open_image(options: &ImageOptions) -> Result<Arc<ImageDisk>, ImageOpenErr
         BlockSize::Native => 512,
         BlockSize::Bytes(bytes) => bytes,
     };
-    ImageDisk::new(layers, logical, options.blocking).map_err(about(&options.file.path))
+    ImageDisk::that_commits(layers, logical, options.blocking, options.commits)
+        .map_err(about(&options.file.path))
 }
 
 /// The image and those it builds on, nearest first.

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use perf::Handle;
 
-use super::Shared;
 use super::chain::{Scratch, Stretch};
 use super::lower::Lower;
 use super::requests::{Copy, Group, Owner, Parked, Slab, Slots, Then};
 use super::transfer::{Step, Unpack};
 use super::workers::{ANSWERS, Answer, Job};
+use super::{Commits, Shared};
 use crate::disk::{DiskQueue, Done, Full, IoBuf, MAX_SEGMENTS, Op, Request, check_range, wait_for};
 use crate::engine::{EngineCounters, EngineOp};
 use crate::filters::priority::Priority;
@@ -129,8 +129,15 @@ impl ImageQueue {
         if !all_sent || slot.pending > 0 || slot.parked != Parked::No {
             return;
         }
-        if slot.then == Then::Flush && slot.errno == 0 {
-            slot.then = Then::Answer;
+        let then = std::mem::replace(&mut slot.then, Then::Answer);
+        let flush = match then {
+            Then::Answer => false,
+            // Also in place: the cluster may have come to its place a moment ago.
+            Then::Commit => self.shared.chain.top().has_unflushed(),
+            Then::Flush => true,
+        };
+        let slot = self.slots.get_mut(index);
+        if flush && slot.errno == 0 {
             return self.start_flush(index);
         }
         let (owner, errno, lease) = (slot.owner, slot.errno, slot.lease.take());
@@ -268,6 +275,10 @@ impl DiskQueue for ImageQueue {
         let slot = self.slots.get_mut(index);
         slot.bufs.extend_from_slice(r.bufs);
         slot.lease = Some(self.leases.take());
+        let changes = matches!(r.op, Op::Write | Op::WriteZeroes | Op::Discard);
+        if changes && self.shared.commits == Commits::BeforeAnswer {
+            slot.then = Then::Commit;
+        }
         self.advance(index);
         Ok(())
     }

@@ -17,6 +17,8 @@ pub(super) enum Parked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Then {
     Answer,
+    /// A change whose metadata is to be in the file, if there is any.
+    Commit,
     /// A write that is to be durable.
     Flush,
 }
