@@ -26,6 +26,8 @@ perf::counters! {
         largest: Gauge [bytes],
         /// Requests answered with an error.
         errors: Counter [requests],
+        /// Requests that have failed and wait until the disk is resumed.
+        stalled: Gauge [requests],
         /// Granted pages mapped.
         grants_mapped: Counter [pages],
         /// Granted pages copied by the hypervisor.
