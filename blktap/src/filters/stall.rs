@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::around::{Around, Wrapped};
 use super::bells::{Bells, Flag};
@@ -95,6 +95,7 @@ pub struct Stall {
     /// As the state has it, for a look without its lock.
     stands: AtomicBool,
     state: Mutex<State>,
+    changed: Condvar,
     bells: Bells,
 }
 
@@ -103,7 +104,8 @@ impl Stall {
     pub fn new(name: String, policies: Policies) -> Arc<Stall> {
         let state = Mutex::new(State { policies, standing: None });
         let stands = AtomicBool::new(false);
-        Arc::new(Stall { name, stands, state, bells: Bells::default() })
+        let (changed, bells) = (Condvar::new(), Bells::default());
+        Arc::new(Stall { name, stands, state, changed, bells })
     }
 
     /// Other policies, for errors that are still to come.
@@ -119,6 +121,15 @@ impl Stall {
     /// Why it stands.
     pub fn standing(&self) -> Option<Standing> {
         self.state.lock().standing
+    }
+
+    /// Waits until it stands, at most for `limit`.
+    pub fn wait(&self, limit: Duration) -> Option<Standing> {
+        let mut state = self.state.lock();
+        if state.standing.is_none() {
+            self.changed.wait_for(&mut state, limit);
+        }
+        state.standing
     }
 
     /// What becomes of a request that has failed with `errno`. After [`Policy::Pause`] the caller
@@ -140,6 +151,7 @@ impl Stall {
                 );
                 state.standing = Some(standing);
                 self.stands.store(true, Ordering::Release);
+                self.changed.notify_all();
             }
         }
         policy
