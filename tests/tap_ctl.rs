@@ -230,3 +230,187 @@ fn an_image_becomes_a_device_or_the_reason_is_told_and_nothing_is_left() {
     let refused = run(&["disk", "connect", "--device", "/dev/sda", text(&image)]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("name it as /dev/nbdN"));
 }
+
+/// Whether another program may write to a file: nobody has it locked.
+fn is_free(image: &Path) -> bool {
+    let status = qemu_io(text(image), "write -P 9 128k 4k").stderr(Stdio::null()).status();
+    status.expect("qemu-io: install qemu-utils").success()
+}
+
+#[test]
+fn a_paused_image_is_closed_and_may_be_another_afterwards() {
+    let taps = Taps::new();
+    let [first, second] = ["a.raw", "b.raw"].map(|name| taps.image(name, 4 << 20));
+    let pid = taps.run(&["spawn"]);
+    let at = ["-p", &pid, "-m", "0"];
+    let on = |command: &'static str| taps.run(&[&[command][..], &at].concat());
+    on("attach");
+    taps.run(&[&["open"][..], &at, &["-a", &format!("aio:{}", text(&first))]].concat());
+    let uri = format!("nbd+unix:///?socket={}/run/blktap/nbd{pid}.0", text(taps.folder.path()));
+    well(&mut qemu_io(&uri, "write -P 7 0 64k"));
+    assert!(!is_free(&first), "an open image is not locked");
+    let other = format!("aio:{}", text(&second));
+    let refused = taps.refusal(&["unpause", "-p", &pid, "-m", "0", "-a", &other]);
+    assert!(refused.contains("pause it first"), "{refused}");
+    on("pause");
+    on("pause");
+    assert!(is_free(&first), "a paused image is locked");
+    // Opened again, it is read as it is now.
+    on("unpause");
+    assert!(!is_free(&first), "an open image is not locked");
+    well(&mut qemu_io(&uri, "read -P 9 128k 4k"));
+    on("pause");
+    let small = taps.image("small.raw", 1 << 20);
+    let wrong = format!("aio:{}", text(&small));
+    let refused = taps.refusal(&["unpause", "-p", &pid, "-m", "0", "-a", &wrong]);
+    assert!(refused.contains("1048576 bytes"), "{refused}");
+    std::fs::copy(&first, &second).expect("a copy");
+    let mut writer = qemu_io(&uri, "write -P 8 64k 64k").spawn().expect("qemu-io");
+    taps.run(&["unpause", "-p", &pid, "-m", "0", "-a", &other]);
+    assert!(writer.wait().expect("its end").success());
+    assert_eq!(taps.run(&["list"]), format!("pid={pid} minor=0 state=0 args={other}"));
+    assert!(is_free(&first) && !is_free(&second));
+    // Closed while it is paused, with a request that waits.
+    on("pause");
+    let mut writer = qemu_io(&uri, "write -P 6 1M 64k").spawn().expect("qemu-io");
+    sleep(Duration::from_millis(200));
+    on("close");
+    assert!(writer.wait().expect("its end").success());
+    on("detach");
+    let bytes = std::fs::read(&second).expect("the image");
+    let all =
+        |from: usize, len: usize, byte: u8| bytes[from..from + len].iter().all(|b| *b == byte);
+    assert!(all(0, 65536, 7) && all(65536, 65536, 8) && all(1 << 20, 65536, 6));
+    assert_eq!(std::fs::read(&first).expect("the image")[65536], 0);
+}
+
+#[test]
+fn an_image_that_is_gone_when_it_is_closed_holds_nobody_up() {
+    let taps = Taps::new();
+    let image = taps.image("a.raw", 4 << 20);
+    let socket = taps.run(&["create", "-a", &format!("aio:{}", text(&image))]);
+    let list = taps.run(&["list"]);
+    let pid = list.split(' ').next().and_then(|p| p.strip_prefix("pid=")).expect("a pid");
+    let at = ["-p", pid, "-m", "0"];
+    taps.run(&[&["pause"][..], &at].concat());
+    std::fs::remove_file(&image).expect("removed");
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let mut writer = qemu_io(&uri, "write -P 6 1M 64k");
+    let mut writer = writer.stderr(Stdio::null()).spawn().expect("qemu-io");
+    sleep(Duration::from_millis(200));
+    let refused = taps.refusal(&[&["unpause"][..], &at].concat());
+    assert!(refused.contains("a.raw"), "{refused}");
+    let begin = Instant::now();
+    taps.try_to(&[&["close"][..], &at].concat());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(!writer.wait().expect("its end").success(), "written to nothing");
+    taps.run(&[&["detach"][..], &at].concat());
+}
+
+#[test]
+fn minors_are_set_aside_and_have_names() {
+    let taps = Taps::new();
+    let image = taps.image("a.raw", 4 << 20);
+    let args = format!("aio:{}", text(&image));
+    let name = taps.run(&["allocate"]);
+    assert!(name.ends_with("run/blktap/tapdev0"), "{name}");
+    let other = taps.path("disk-b");
+    assert_eq!(taps.run(&["allocate", "-d", text(&other)]), text(&other));
+    // Others leave them alone.
+    let socket = taps.run(&["create", "-D", "-a", &args]);
+    assert!(socket.ends_with(".2"), "{socket}");
+    let list = taps.run(&["list"]);
+    let pid = list.split(' ').next().and_then(|p| p.strip_prefix("pid=")).expect("a pid");
+    taps.run(&["destroy", "-p", pid, "-m", "2"]);
+    let pid = taps.run(&["spawn"]);
+    let at = ["-p", &pid, "-m", "1"];
+    taps.run(&[&["attach"][..], &at].concat());
+    taps.run(&[&["open"][..], &at, &["-r", "-a", &args]].concat());
+    well(&mut qemu_io(&format!("nbd+unix:///?socket={}", text(&other)), "write -P 5 0 4k"));
+    assert!(taps.refusal(&["free", "-m", "1"]).contains("detach it first"));
+    taps.run(&[&["close"][..], &at].concat());
+    assert!(!other.exists() && other.symlink_metadata().is_ok(), "it leads to nothing");
+    taps.run(&[&["detach"][..], &at].concat());
+    within("its end", Duration::from_secs(5), || taps.run(&["list"]).is_empty());
+    for minor in ["0", "1"] {
+        taps.run(&["free", "-m", minor]);
+        assert!(taps.refusal(&["free", "-m", minor]).contains("is not set aside"));
+    }
+    assert!(other.symlink_metadata().is_err() && Path::new(&name).symlink_metadata().is_err());
+    assert_eq!(std::fs::read(&image).expect("the image")[0], 5);
+    let devices = std::fs::read_to_string("/proc/devices").expect("devices");
+    if devices.lines().any(|line| line.trim().ends_with(" nbd")) {
+        assert!(taps.run(&["major", "-b"]).parse::<u32>().is_ok());
+    } else {
+        assert!(taps.refusal(&["major"]).contains("this kernel has no nbd driver"));
+    }
+    assert!(taps.refusal(&["major", "-c"]).contains("no character devices"));
+}
+
+/// A tmpfs, gone with this.
+struct Small(PathBuf);
+
+impl Small {
+    fn new(at: PathBuf, options: &str) -> Small {
+        std::fs::create_dir(&at).expect("a folder");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", options, "none"]).arg(&at);
+        let mounted = mount.status().expect("mount");
+        assert!(mounted.success(), "mounting a tmpfs needs root");
+        Small(at)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_standby_takes_over_from_an_image_without_room() {
+    let taps = Taps::new();
+    let small = Small::new(taps.path("small"), "size=4m");
+    let first = small.0.join("first.raw");
+    std::fs::File::create(&first).expect("a file").set_len(16 << 20).expect("its size");
+    let second = taps.path("second.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", text(&first), text(&second)])
+        .status();
+    assert!(made.expect("qemu-img: install qemu-utils").success());
+    let (one, two) = (format!("aio:{}", text(&first)), format!("qcow2:{}", text(&second)));
+    let args = ["create", "-s", "-2", &two, "-a", &one, "--allow-backing", text(&small.0)];
+    let stranger = taps.path("stranger.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", text(&stranger), "16M"])
+        .status();
+    assert!(made.expect("qemu-img").success());
+    let wrong = format!("qcow2:{}", text(&stranger));
+    let refused = taps.refusal(&["create", "-s", "-2", &wrong, "-a", &one]);
+    assert!(refused.contains("does not build on"), "{refused}");
+    let socket = taps.run(&args);
+    let list = taps.run(&["list"]);
+    let pid = list.split(' ').next().and_then(|p| p.strip_prefix("pid=")).expect("a pid");
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let failed_over = || {
+        let stats = taps.run(&["stats", "-p", pid, "-m", "0"]);
+        serde_json::from_str::<Value>(&stats).expect("a dictionary")["failed_over"].clone()
+    };
+    well(&mut qemu_io(&uri, "write -P 1 0 2M"));
+    assert_eq!(failed_over(), 0);
+    // Four times as much as there is room for.
+    well(qemu_io(&uri, "write -P 2 1M 8M").args(["-c", "write -P 3 9M 7M", "-c", "flush"]));
+    assert_eq!(failed_over(), 1);
+    for read in ["read -P 1 0 1M", "read -P 2 1M 8M", "read -P 3 9M 7M"] {
+        well(&mut qemu_io(&uri, read));
+    }
+    // Opened again it is the second one.
+    taps.run(&["pause", "-p", pid, "-m", "0"]);
+    taps.run(&["unpause", "-p", pid, "-m", "0"]);
+    assert!(taps.run(&["list"]).ends_with(&format!("args={two}")));
+    well(&mut qemu_io(&uri, "read -P 3 9M 7M"));
+    taps.run(&["destroy", "-p", pid, "-m", "0"]);
+    let checked = Command::new("qemu-img").args(["check", "-q", text(&second)]).status();
+    assert!(checked.expect("qemu-img").success());
+    drop(small);
+}

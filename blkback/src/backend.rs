@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blktap::filters::stall::Stall;
 use blktap::filters::throttle::{self, Group, Groups};
 use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, ThrottleDisk};
 use blktap::formats::qcow2::L2Cache;
@@ -125,6 +126,7 @@ struct Serving {
     config: Config,
     jobs: Jobs,
     disk: Arc<ThrottleDisk>,
+    stall: Arc<Stall>,
     changed: Option<Arc<ChangedDisk>>,
     geometry: Geometry,
     _stats: Option<StatsPage>,
@@ -267,6 +269,7 @@ impl BlkDevice {
             serving.queues.push(Queue::start(Start {
                 hypervisor: &*self.hypervisor,
                 disk: &*serving.disk,
+                stall: &serving.stall,
                 config,
                 name: format!("vbd-{}-{}.{number}", self.id.domid, self.id.devid),
                 number: number as u32,
@@ -349,6 +352,7 @@ impl BlkDevice {
         }
         config.agrees().map_err(Fault)?;
         serving.disk.group().set(config.limits);
+        serving.stall.set(config.policies);
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;
         Ok(json!({"knob": knob, "value": value}))
@@ -392,8 +396,17 @@ impl Device for BlkDevice {
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
         let (queues, _stats) = (Vec::new(), None);
-        let mut serving =
-            Serving { queues, config: config.clone(), jobs, disk, changed, geometry, _stats };
+        let stall = Stall::new(self.id.to_string(), config.policies);
+        let mut serving = Serving {
+            queues,
+            config: config.clone(),
+            jobs,
+            disk,
+            stall,
+            changed,
+            geometry,
+            _stats,
+        };
         self.start(nodes, &config, &mut serving, limits, (how, &faults))?;
         if how == Meeting::Attach {
             serving.tell_size(nodes)?;
@@ -437,7 +450,8 @@ impl Device for BlkDevice {
             command => {
                 let serving = self.serving.as_mut();
                 let serving = serving.ok_or_else(|| Fault("the device is not connected".into()))?;
-                serving.steer(command)
+                let told = serving.steer(command)?;
+                Ok(serving.with_standing(told))
             }
         })
     }
@@ -474,7 +488,7 @@ impl Serving {
     fn steer(&mut self, command: Command) -> Result<Value, Fault> {
         match command {
             Command::Pause {} => self.jobs.begin(Task::Pause),
-            Command::Resume {} => self.jobs.resume(),
+            Command::Resume {} => self.resume(),
             Command::Snapshot { overlay, rename, hold } => self.jobs.begin(Task::Snapshot {
                 overlay: overlay.parse()?,
                 old: live::old(rename),
@@ -497,6 +511,27 @@ impl Serving {
             | Command::ChangedLogStart { .. }
             | Command::ChangedLogStop {} => Err(Fault("not about jobs".into())),
         }
+    }
+
+    /// The end of a pause, be it by command or by an error.
+    fn resume(&mut self) -> Result<Value, Fault> {
+        let stood = self.stall.go_on();
+        if stood {
+            self.queues.iter().for_each(Queue::wake);
+        }
+        match self.jobs.resume() {
+            Err(_) if stood => self.jobs.tell(),
+            resumed => resumed,
+        }
+    }
+
+    /// An answer about jobs, with the error that has stopped the disk.
+    fn with_standing(&self, mut told: Value) -> Value {
+        if let (Some(told), Some(standing)) = (told.as_object_mut(), self.stall.standing()) {
+            let standing = json!({"error": standing.error(), "requests": standing.requests});
+            told.insert("stopped".into(), standing);
+        }
+        told
     }
 }
 

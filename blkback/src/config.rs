@@ -9,6 +9,7 @@ use blktap::filters::changed::LogOptions;
 use blktap::filters::delay::Delay;
 use blktap::filters::fault::Faults;
 use blktap::filters::priority::Priority;
+use blktap::filters::stall::Policies;
 use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::Commits;
@@ -75,6 +76,8 @@ pub struct Config {
     pub io_priority: Priority,
     /// Disks of the process that name the same group share its limits.
     pub throttle_group: Option<String>,
+    /// What becomes of a request that fails.
+    pub policies: Policies,
     /// Requests that fail on purpose.
     pub faults: Faults,
     /// How long requests wait on purpose.
@@ -116,6 +119,7 @@ impl Default for Config {
             limits: Limits::default(),
             io_priority: Priority::None,
             throttle_group: None,
+            policies: Policies::default(),
             faults: Faults::default(),
             delay: Delay::default(),
             changed: ChangedLog::None,

@@ -28,6 +28,8 @@ perf::counters! {
         errors: Counter [requests],
         /// Requests that a killed predecessor had taken and not answered, served again.
         replayed: Counter [requests],
+        /// Requests that have failed and wait until the disk is resumed.
+        stalled: Gauge [requests],
         /// Granted pages mapped.
         grants_mapped: Counter [pages],
         /// Granted pages copied by the hypervisor.

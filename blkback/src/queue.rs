@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blktap::Disk;
 use blktap::engine::EngineCounters;
+use blktap::filters::stall::Stall;
 use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use parking_lot::Mutex;
@@ -86,6 +87,7 @@ impl Shared {
 pub(crate) struct Start<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     pub disk: &'a dyn Disk,
+    pub stall: &'a Arc<Stall>,
     pub config: &'a Config,
     pub name: String,
     pub number: u32,
@@ -204,6 +206,7 @@ impl Queue {
             ),
             slots: Slots::new(size, segments),
             shared: shared.clone(),
+            stall: Arc::clone(start.stall),
             limits: start.limits,
             counters: counters.clone(),
             pollers: Pollers::new(config.poll_us),
@@ -239,7 +242,8 @@ impl Queue {
         self.wake();
     }
 
-    fn wake(&self) {
+    /// Has the queue look again at what it keeps.
+    pub(crate) fn wake(&self) {
         // It fails where the count is full, and then the thread wakes anyway.
         if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
             tracing::debug!("waking a queue: {e}");

@@ -10,6 +10,7 @@
 //! | [`hold`] | keeps writes in memory until they are released or dropped |
 //! | [`mirror`] | writes to a second disk too |
 //! | [`priority`] | tells the kernel how urgent requests are |
+//! | [`stall`] | stops at errors until it is told to go on |
 //! | [`throttle`] | holds requests back so that rates stay below limits, alone or in groups |
 
 mod around;
@@ -22,6 +23,7 @@ mod held;
 pub mod hold;
 pub mod mirror;
 pub mod priority;
+pub mod stall;
 pub mod throttle;
 
 pub use changed::ChangedDisk;
@@ -31,6 +33,7 @@ pub use fault::FaultyDisk;
 pub use hold::HoldDisk;
 pub use mirror::MirrorDisk;
 pub use priority::PriorityDisk;
+pub use stall::StallDisk;
 pub use throttle::ThrottleDisk;
 
 /// The methods of `Disk` that a filter passes on to its field `below`, but for `queue`.

@@ -54,12 +54,40 @@ pub enum Tap {
         #[arg(short)]
         force: bool,
     },
-    /// Hold requests back.
+    /// Hold requests back and close the image: its file is let go, with its lock.
     Pause(Target),
-    /// Let requests go on.
-    Unpause(Target),
+    /// Open the image again, or another one with the same content, and let requests go on.
+    Unpause {
+        #[command(flatten)]
+        target: Target,
+        /// TYPE:FILE, where it is another one from now on.
+        #[arg(short, value_name = "TYPE:FILE")]
+        args: Option<String>,
+    },
     /// Print requests, sectors and images as a Python dictionary (which is JSON too).
     Stats(Target),
+    /// Set a free minor aside; print the name under which its image will be served: a link to the
+    /// NBD socket.
+    Allocate {
+        /// Make a link of this name, too.
+        #[arg(short, value_name = "NAME")]
+        device: Option<PathBuf>,
+    },
+    /// Give up a minor that was set aside and that no tapdisk has.
+    Free {
+        /// The minor.
+        #[arg(short, value_name = "MINOR")]
+        minor: u32,
+    },
+    /// Print the major number of the kernel's nbd devices.
+    Major {
+        /// Of block devices, as without it.
+        #[arg(short)]
+        block: bool,
+        /// Of character devices; nbd has none.
+        #[arg(short, conflicts_with = "block")]
+        char: bool,
+    },
     /// Check whether tapdisks can run here.
     Check,
     /// Be a tapdisk.
@@ -98,9 +126,17 @@ pub struct Image {
     #[arg(short = 'C', value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// Write to this image too, which is as large and has the same content; at its first error it
-    /// is given up, and `stats` says so.
+    /// is given up, and `stats` says so. With -s: see there.
     #[arg(short = '2', value_name = "TYPE:FILE")]
     pub secondary: Option<String>,
+    /// The image of -2 is an overlay of the first one: when that has no room (ENOSPC) its place
+    /// is taken by the overlay.
+    #[arg(short, requires = "secondary")]
+    pub standby: bool,
+    /// Cache what is read: in the host's page cache, as -D does, where blktap writes it into the
+    /// image.
+    #[arg(short)]
+    pub read_cache: bool,
     /// Open backing files in this folder too, and below it; may be repeated.
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,

@@ -76,7 +76,7 @@ pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
         Disk::Stream(stream) => live::stream(&devices()?, stream),
         Disk::Coalesce(coalesce) => live::coalesce(&devices()?, coalesce),
         Disk::Pause(on) => live::run(&devices()?, on, &json!({"command": "pause"}), "paused"),
-        Disk::Resume(on) => live::run(&devices()?, on, &json!({"command": "resume"}), "done"),
+        Disk::Resume(on) => live::resume(&devices()?, on),
         Disk::Job(on) => live::word(&devices()?, on, "job"),
         Disk::Cancel(on) => live::word(&devices()?, on, "cancel"),
         Disk::Complete(on) => live::word(&devices()?, on, "complete"),

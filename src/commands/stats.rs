@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use perf::page::{Reader, find};
-use perf::snapshot::{Snapshot, Writer};
+use perf::snapshot::{Number, Snapshot, Writer};
 use serde_json::json;
 
 use super::{Context, Result};
@@ -96,23 +96,35 @@ fn watch(context: &Context, options: &Stats, interval: Duration) -> Result<()> {
     Ok(())
 }
 
+/// A device's state in words.
+fn state_of(s: &Snapshot) -> &'static str {
+    let stalled = s.blocks.iter().flat_map(|block| &block.values).any(|value| {
+        value.name == "stalled" && matches!(value.number, Number::Value { value } if value > 0)
+    });
+    match s.writer {
+        Writer::Alive if stalled => "paused by an error",
+        Writer::Alive => "served",
+        Writer::Dead => "left behind",
+    }
+}
+
 /// `ringback list`.
 pub fn list(context: &Context, options: &List) -> Result {
     let all = readers(context, None)?;
     if options.json {
         let devices: Vec<_> = all
             .iter()
-            .map(|(_, s)| json!({"device": s.device, "pid": s.pid, "writer": s.writer}))
+            .map(|(_, s)| {
+                let state = state_of(s);
+                json!({"device": s.device, "pid": s.pid, "writer": s.writer, "state": state})
+            })
             .collect();
         println!("{}", json!({"schema": 1, "devices": devices}));
         return Ok(ExitCode::SUCCESS);
     }
     println!("{:>6} {:5} {:10} {:>8} {:>8} STATE", "DOMID", "KIND", "NAME", "DEVID", "PID");
     for (_, s) in all {
-        let state = match s.writer {
-            Writer::Alive => "served",
-            Writer::Dead => "left behind",
-        };
+        let state = state_of(&s);
         let d = s.device;
         println!("{:>6} {:5} {:10} {:>8} {:>8} {state}", d.domid, d.kind, d.name, d.devid, s.pid);
     }

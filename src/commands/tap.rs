@@ -2,7 +2,9 @@
 
 mod connect;
 mod device;
+mod minors;
 mod process;
+mod standby;
 mod vbd;
 
 use std::fs::File;
@@ -13,7 +15,6 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -153,11 +154,8 @@ impl Taps {
 
     /// Starts a process that has a free minor. Two that do so at once get different ones.
     fn attach_new(&self) -> Result<Target> {
-        std::fs::create_dir_all(&self.folder)?;
-        let lock = File::create(self.folder.join("lock"))?;
-        flock(&lock, FlockOperation::LockExclusive)?;
-        let taken: Vec<u32> = self.list()?.iter().filter_map(|row| row.minor).collect();
-        let minor = (0..).find(|m| !taken.contains(m)).ok_or("no minor is free")?;
+        let _lock = self.lock()?;
+        let minor = self.free_minor()?;
         let target = Target { pid: self.spawn()?, minor, timeout: PATIENCE.as_secs() };
         self.to("attach", &target, &json!({}))?;
         Ok(target)
@@ -168,6 +166,7 @@ impl Taps {
         let more = json!({
             "args": image.args, "read_only": image.read_only, "no_o_direct": image.no_o_direct,
             "log": log, "secondary": image.secondary, "allow_backing": image.allow_backing,
+            "standby": image.standby, "read_cache": image.read_cache,
         });
         self.to("open", target, &more).map(drop)
     }
@@ -226,11 +225,17 @@ pub fn run(context: &Context, command: &Tap) -> Result {
         Tap::Open { target, image } => taps.open(target, image)?,
         Tap::Close { target, .. } => drop(taps.to("close", target, &json!({}))?),
         Tap::Pause(target) => drop(taps.to("pause", target, &json!({}))?),
-        Tap::Unpause(target) => drop(taps.to("unpause", target, &json!({}))?),
-        Tap::Stats(target) => println!("{}", taps.to("stats", target, &json!({}))?),
-        Tap::Check => {
-            println!("{}", check(&taps)?);
+        Tap::Unpause { target, args } => {
+            drop(taps.to("unpause", target, &json!({"args": args}))?);
         }
+        Tap::Stats(target) => println!("{}", taps.to("stats", target, &json!({}))?),
+        Tap::Allocate { device } => println!("{}", taps.allocate(device.as_deref())?.display()),
+        Tap::Free { minor } => taps.free(*minor)?,
+        Tap::Major { char: true, .. } => {
+            return Err("tapdisks have no character devices here".into());
+        }
+        Tap::Major { .. } => println!("{}", minors::major()?),
+        Tap::Check => println!("{}", check(&taps)?),
         Tap::Tapdisk => process::run(&taps)?,
     }
     Ok(ExitCode::SUCCESS)

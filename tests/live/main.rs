@@ -1,6 +1,7 @@
 //! The disks of running guests under `ringback disk ... --live`, while fio verifies what it
 //! writes through ring and backend.
 
+mod full;
 mod jobs;
 
 use std::io::{BufRead, BufReader};

@@ -2,12 +2,14 @@
 
 mod drain;
 mod refused;
+mod stalled;
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blktap::filters::stall::Stall;
 use blktap::polling::Pollers;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
@@ -71,6 +73,7 @@ pub(super) struct Worker<A: Abi> {
     pub memory: Memory,
     pub slots: Slots,
     pub shared: Arc<Shared>,
+    pub stall: Arc<Stall>,
     pub limits: Limits,
     pub counters: Handle<QueueCounters>,
     pub pollers: Pollers,
@@ -91,6 +94,8 @@ pub(super) struct Run {
     waiting: VecDeque<u32>,
     /// Requests that a paused disk did not take, in order.
     refused: VecDeque<(u32, Op)>,
+    /// Requests that have failed and wait, with their errors.
+    stalled: Vec<(u32, Op, i32)>,
     /// Answered, and still to be counted.
     finished: Vec<u32>,
     /// Answered but not yet released reads of this round.
@@ -122,6 +127,7 @@ impl Run {
             tables: Vec::with_capacity(BATCH),
             waiting: VecDeque::with_capacity(slots),
             refused: VecDeque::new(),
+            stalled: Vec::new(),
             finished: Vec::with_capacity(slots),
             reads: Vec::with_capacity(slots),
             freed: false,
@@ -204,6 +210,10 @@ impl<A: Abi> Worker<A> {
 
     /// How many requests were taken or started.
     fn take(&mut self) -> Result<usize, Fault> {
+        if self.stall.stands() {
+            return Ok(0);
+        }
+        self.bring_back();
         let mut taken = 0;
         let mut table_pages = 0;
         while taken < BATCH && table_pages < TABLE_PAGES - 8 && self.run.waiting.is_empty() {
@@ -410,6 +420,9 @@ impl<A: Abi> Worker<A> {
     }
 
     fn completed(&mut self, slot: u32, errno: i32) -> Result<(), Fault> {
+        if errno != 0 && self.stalls(slot, errno) {
+            return Ok(());
+        }
         let s = self.slots.get_mut(slot);
         if errno != 0 {
             s.answer.status = status_of(errno);
@@ -548,8 +561,9 @@ impl<A: Abi> Worker<A> {
             self.channel.acknowledge().map_err(|e| self.channel_fault(&e))?;
         }
         let pending = self.ring.arm().map_err(|e| self.corrupt(&e))?;
-        // While requests wait for those before them no more are taken from the ring.
-        if pending == Pending::Work && self.run.waiting.is_empty() {
+        // While requests wait for those before them, or for the disk, no more are taken from the ring.
+        let takes = self.run.waiting.is_empty() && !self.stall.stands();
+        if pending == Pending::Work && takes {
             return Ok(());
         }
         self.counters.sleeps.add(1);

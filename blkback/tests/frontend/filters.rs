@@ -106,3 +106,80 @@ fn faults_and_delays_reach_a_guest() {
     assert_ne!(write(&mut *queue, 0, &[1; 512]), 0);
     assert_eq!(write(&mut *queue, 0, &[1; 512]), 0);
 }
+
+/// Begins a write in a thread: its answer.
+fn write_beside(
+    mut queue: Box<dyn DiskQueue>,
+    offset: u64,
+    bytes: Vec<u8>,
+) -> std::thread::JoinHandle<(i32, Box<dyn DiskQueue>)> {
+    std::thread::spawn(move || (write(&mut *queue, offset, &bytes), queue))
+}
+
+#[test]
+fn a_full_disk_pauses_and_goes_on_when_it_is_resumed() {
+    let disk = memory(8);
+    let rig = Rig::with_disk(disk.clone(), "fault=write:ENOSPC:at=1M-2M:nth=2", &[]);
+    let front = rig.connect(FrontOptions { max_queues: 2, ..Default::default() });
+    let (mut queue, other) = (front.queue(32).unwrap(), front.queue(32).unwrap());
+    assert_eq!(write(&mut *queue, 1 << 20, &pattern(4096, 1)), 0);
+    let refused = ask(&rig, r#"{"command":"resume"}"#);
+    assert!(refused.contains("it is not paused"), "{refused}");
+    let full = write_beside(queue, 1 << 20, pattern(128 << 10, 2));
+    rig.until_counted("queue-", "stalled", |n| n == 1);
+    // Nothing else is answered, by whatever queue.
+    let behind = write_beside(other, 3 << 20, pattern(64 << 10, 3));
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!full.is_finished() && !behind.is_finished());
+    let told = ask(&rig, r#"{"command":"job"}"#);
+    assert!(told.contains(r#""stopped":{"error":"No space left on device"#), "{told}");
+    // Its image may be closed and opened meanwhile: what failed goes to the new one.
+    let told = ask(&rig, r#"{"command":"pause"}"#);
+    assert!(told.contains(r#""kind":"pause""#), "{told}");
+    until("it is paused", || ask(&rig, r#"{"command":"job"}"#).contains(r#""state":"paused""#));
+    let told = ask(&rig, r#"{"command":"resume"}"#);
+    assert!(!told.contains("stopped") && told.contains(r#""kind":"pause""#), "{told}");
+    let [(first, mut queue), (second, _)] = [full, behind].map(|t| t.join().unwrap());
+    assert_eq!((first, second), (0, 0));
+    same(&read(&mut *queue, 1 << 20, 128 << 10), &pattern(128 << 10, 2));
+    same(&read(&mut *queue, 3 << 20, 64 << 10), &pattern(64 << 10, 3));
+    assert_eq!(rig.counter("queue-", "errors") + rig.counter("queue-", "stalled"), 0);
+}
+
+#[test]
+fn errors_are_reported_or_stop_the_disk_as_told_while_it_runs() {
+    let rig = Rig::with_disk(memory(8), "fault=write:EIO:at=0-4K+write:ENOSPC:at=4K-8K", &[]);
+    let front = rig.connect(FrontOptions::default());
+    let mut queue = front.queue(32).unwrap();
+    assert_ne!(write(&mut *queue, 0, &[1; 512]), 0);
+    for line in ["on_error\",\"value\":\"pause", "on_enospc\",\"value\":\"report"] {
+        let answer = ask(&rig, &format!(r#"{{"command":"set","knob":"{line}"}}"#));
+        assert!(!answer.contains("error\":"), "{answer}");
+    }
+    assert_ne!(write(&mut *queue, 4096, &[1; 512]), 0);
+    let stopped = write_beside(queue, 0, vec![1; 512]);
+    rig.until_counted("queue-", "stalled", |n| n == 1);
+    // It lasts: stopped again, and then told.
+    ask(&rig, r#"{"command":"resume"}"#);
+    rig.until_counted("queue-", "stalled", |n| n == 1);
+    assert!(!stopped.is_finished());
+    ask(&rig, r#"{"command":"set","knob":"on_error","value":"report"}"#);
+    ask(&rig, r#"{"command":"resume"}"#);
+    let (errno, mut queue) = stopped.join().unwrap();
+    assert_ne!(errno, 0);
+    assert_eq!(write(&mut *queue, 8192, &[1; 512]), 0);
+    assert_eq!(rig.counter("queue-", "errors"), 3);
+}
+
+#[test]
+fn a_backend_that_leaves_reports_what_has_stopped_its_disk() {
+    let mut rig = Rig::with_disk(memory(8), "fault=write:ENOSPC:at=0-4K", &[]);
+    let front = rig.connect(FrontOptions::default());
+    let stopped = write_beside(front.queue(32).unwrap(), 0, vec![1; 512]);
+    rig.until_counted("queue-", "stalled", |n| n == 1);
+    let begin = Instant::now();
+    rig.stop_backend();
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    until("it is answered", || stopped.is_finished());
+    assert_ne!(stopped.join().unwrap().0, 0);
+}

@@ -93,6 +93,13 @@ impl Rig {
         let store = self.toolstack.store().unwrap();
         toolstack::detach(&store, &self.id(), 0, Duration::from_secs(5), Force::No).unwrap()
     }
+    /// As SIGTERM does; the guest stays.
+    pub(crate) fn stop_backend(&mut self) {
+        if let Some((stop, thread)) = self.backend.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
+    }
     pub(crate) fn guest(&self) -> Arc<Frontend> {
         self.guest.clone().unwrap()
     }
@@ -155,10 +162,7 @@ fn serve_blocks(socket: &Path, run: &Path, open: Arc<Open>) -> (Sender<()>, Join
 impl Drop for Rig {
     fn drop(&mut self) {
         self.guest = None;
-        if let Some((stop, thread)) = self.backend.take() {
-            drop(stop);
-            let _ = thread.join();
-        }
+        self.stop_backend();
         if let Some((hold, thread)) = self.hypervisor.take() {
             drop(hold);
             let _ = thread.join();

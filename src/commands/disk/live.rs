@@ -106,18 +106,33 @@ impl<'a> Begun<'a> {
     }
 }
 
+/// `ringback disk resume`.
+pub fn resume(context: &Context, on: &OnLive) -> Result {
+    let job = job_of(&live::ask(context, &on.live, &json!({"command": "resume"}))?);
+    let opens = matches!(job.text("kind"), "pause" | "resume") && !job.has_ended();
+    if !opens || on.no_wait {
+        // What an error had stopped goes on at once, beside whatever job.
+        tell(&on.live, &job, on.output.json);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let begun = Begun { context, device: &on.live, id: job.number("id") };
+    finish(on, &begun, "done")
+}
+
 /// Begins a job and, unless told otherwise, waits until it has come to `state`.
 pub fn run(context: &Context, on: &OnLive, request: &Value, state: &str) -> Result {
     let begun = Begun::new(context, &on.live, request)?;
-    let job = match on.no_wait {
-        true => begun.look()?,
-        false => {
-            let mut work = Work::new(on.progress.progress)?;
-            let job = begun.until(state, &mut work)?;
-            work.end();
-            job
-        }
-    };
+    if on.no_wait {
+        tell(&on.live, &begun.look()?, on.output.json);
+        return Ok(ExitCode::SUCCESS);
+    }
+    finish(on, &begun, state)
+}
+
+fn finish(on: &OnLive, begun: &Begun<'_>, state: &str) -> Result {
+    let mut work = Work::new(on.progress.progress)?;
+    let job = begun.until(state, &mut work)?;
+    work.end();
     tell(&on.live, &job, on.output.json);
     Ok(ExitCode::SUCCESS)
 }
@@ -142,7 +157,20 @@ fn tell(device: &str, job: &Job, in_json: bool) {
 /// A word to the job of a device.
 pub fn word(context: &Context, on: &OnLive, command: &str) -> Result {
     let answer = live::ask(context, &on.live, &json!({"command": command}))?;
-    tell(&on.live, &job_of(&answer), on.output.json);
+    let (device, job, stopped) = (&on.live, job_of(&answer), answer.get("stopped"));
+    if on.output.json {
+        document(json!({"device": device, "job": job.0, "stopped": stopped}));
+        return Ok(ExitCode::SUCCESS);
+    }
+    tell(device, &job, false);
+    if let Some(stopped) = stopped {
+        let error = stopped.get("error").and_then(Value::as_str).unwrap_or_default();
+        let requests = stopped.get("requests").and_then(Value::as_u64).unwrap_or_default();
+        println!(
+            "{device}: paused by an error: {error}; {requests} request(s) are tried again by \
+             `ringback disk resume`"
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -70,6 +70,8 @@ pub fn connect(context: &Context, options: &Connect) -> Result {
         existing: Vec::new(),
         log: None,
         secondary: None,
+        standby: false,
+        read_cache: false,
         allow_backing: options.allow_backing.clone(),
     };
     let index = Taps::of(context).create_device(&image, options.device.as_deref())?;

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::super::Result;
 use super::super::control::Control;
-use super::Taps;
 use super::vbd::{Opened, Wanted};
+use super::{Taps, minors};
 use crate::signals;
 
 /// State of a minor without an image: TD_VBD_DEAD and so on of blktap's tapdisk-vbd.h.
@@ -46,6 +46,7 @@ enum Command {
     },
     Unpause {
         minor: u32,
+        args: Option<String>,
     },
     Stats {
         minor: u32,
@@ -105,10 +106,11 @@ impl Minors {
                     return Err(format!("minor {minor} has an image open").into());
                 }
                 *slot = Some(Opened::open(wanted, minor, &at)?);
+                minors::point(&self.folder, minor, Some(&at))?;
             }
             Command::Close { minor } => self.close(minor)?,
             Command::Pause { minor } => self.opened(minor)?.pause()?,
-            Command::Unpause { minor } => self.opened(minor)?.resume(),
+            Command::Unpause { minor, args } => self.opened(minor)?.unpause(args)?,
             Command::Stats { minor } => return Ok(self.opened(minor)?.stats()),
         }
         Ok(json!({}))
@@ -124,7 +126,9 @@ impl Minors {
     }
 
     fn close(&mut self, minor: u32) -> Result<()> {
-        self.slot(minor)?.take().map_or(Ok(()), Opened::close)
+        let closed = self.slot(minor)?.take().map_or(Ok(()), Opened::close);
+        minors::point(&self.folder, minor, None)?;
+        closed
     }
 
     fn detach(&mut self, minor: u32) -> Result<()> {

@@ -9,14 +9,16 @@ use blktap::export::nbd::{Export, Limits, Server};
 use blktap::filters::changed::LogOptions;
 use blktap::filters::counted::Counts;
 use blktap::filters::mirror::OnError;
-use blktap::filters::{ChangedDisk, CountedDisk, MirrorDisk};
+use blktap::filters::{ChangedDisk, CountedDisk, MirrorDisk, StallDisk};
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
+use blktap::live::{LiveDisk, PATIENCE, Paused};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, NbdDisk, NbdOptions, NbdTarget};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::Result;
+use super::standby::Standby;
 
 /// State of an image that is served.
 const RUNNING: u32 = 0;
@@ -24,24 +26,30 @@ const RUNNING: u32 = 0;
 const PAUSED: u32 = 0x2a;
 
 /// What to open.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub(super) struct Wanted {
-    args: String,
+    pub(super) args: String,
     read_only: bool,
     no_o_direct: bool,
+    read_cache: bool,
     log: Option<PathBuf>,
-    secondary: Option<String>,
+    pub(super) secondary: Option<String>,
+    /// The second image is for the time when the first one has no room, and no mirror.
+    standby: bool,
     allow_backing: Vec<PathBuf>,
 }
 
 /// See the module.
 pub(super) struct Opened {
     minor: u32,
-    args: String,
+    wanted: Wanted,
+    live: Arc<LiveDisk>,
     gate: Arc<ChangedDisk>,
     mirror: Option<Arc<MirrorDisk>>,
+    mirror_failed: bool,
+    standby: Option<Standby>,
     counted: Arc<CountedDisk>,
-    state: u32,
+    paused: Option<Paused>,
     /// The server's thread, and what ends it when it is dropped.
     serving: Option<(OwnedFd, JoinHandle<std::io::Result<()>>)>,
 }
@@ -49,15 +57,16 @@ pub(super) struct Opened {
 impl Opened {
     /// Opens the image and serves it at `socket`.
     pub(super) fn open(wanted: Wanted, minor: u32, socket: &Path) -> Result<Opened> {
-        let disk = disk_of(&wanted.args, &wanted)?;
-        let mirror = match &wanted.secondary {
-            None => None,
-            Some(args) => {
-                let second = disk_of(args, &wanted)?;
-                Some(MirrorDisk::new(Arc::clone(&disk), second, OnError::Drop)?)
-            }
+        let (disk, mirror) = disks_of(&wanted)?;
+        let live = LiveDisk::new(disk);
+        let standby = match wanted.standby {
+            true => Some(Standby::new(&wanted, &live, minor)?),
+            false => None,
         };
-        let disk = mirror.clone().map_or(disk, |mirror| mirror as Arc<dyn Disk>);
+        let disk: Arc<dyn Disk> = match &standby {
+            Some(standby) => StallDisk::new(live.clone(), standby.stall()),
+            None => live.clone(),
+        };
         let gate = ChangedDisk::new(disk);
         if let Some(log) = &wanted.log {
             if wanted.read_only {
@@ -72,8 +81,19 @@ impl Opened {
         let (ended, end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let thread = std::thread::Builder::new().name(format!("nbd-{minor}"));
         let thread = thread.spawn(move || server.serve(ended.as_fd()))?;
-        let (args, serving) = (wanted.args, Some((end, thread)));
-        Ok(Opened { minor, args, gate, mirror, counted, state: RUNNING, serving })
+        let (serving, paused, mirror_failed) = (Some((end, thread)), None, false);
+        Ok(Opened {
+            minor,
+            wanted,
+            live,
+            gate,
+            mirror,
+            mirror_failed,
+            standby,
+            counted,
+            paused,
+            serving,
+        })
     }
 
     /// Ends the server; what was taken is carried out and flushed.
@@ -82,38 +102,82 @@ impl Opened {
     }
 
     fn end(&mut self) -> Result<()> {
-        self.resume();
+        if let Err(e) = self.unpause(None) {
+            tracing::error!("{}: what waits fails: {e}", self.wanted.args);
+            self.paused = None;
+            self.gate.resume();
+        }
+        self.standby = None;
         let Some((end, thread)) = self.serving.take() else { return Ok(()) };
         drop(end);
         let served = thread.join().map_err(|_| "the server panicked")?;
         Ok(served?)
     }
 
+    /// Holds requests back, and closes the image: its file and its lock are let go.
     pub(super) fn pause(&mut self) -> Result<()> {
+        if self.paused.is_some() {
+            return Ok(());
+        }
+        // New requests wait here, and what was taken ends.
         self.gate.pause()?;
-        self.state = PAUSED;
+        let paused = self.live.pause(PATIENCE).and_then(|paused| {
+            paused.close()?;
+            Ok(paused)
+        });
+        match paused {
+            Ok(paused) => self.paused = Some(paused),
+            Err(e) => {
+                self.gate.resume();
+                return Err(e.into());
+            }
+        }
+        self.mirror_failed |= self.mirror.take().is_some_and(|mirror| mirror.is_dropped());
+        if let Some(args) = self.standby.as_ref().and_then(Standby::taken_over) {
+            self.wanted.args = args;
+        }
         Ok(())
     }
 
-    pub(super) fn resume(&mut self) {
+    /// Opens the image again, or another one, and lets requests go on.
+    pub(super) fn unpause(&mut self, args: Option<String>) -> Result<()> {
+        let Some(paused) = &self.paused else {
+            return match args {
+                Some(_) => Err("the image is open: pause it first".into()),
+                None => Ok(()),
+            };
+        };
+        let mut wanted = self.wanted.clone();
+        wanted.args = args.unwrap_or(wanted.args);
+        if self.mirror_failed {
+            // It is not what the image is any more.
+            wanted.secondary = None;
+        }
+        let (disk, mirror) = disks_of(&wanted)?;
+        paused.install(disk)?;
+        (self.wanted.args, self.mirror) = (wanted.args, mirror);
+        self.paused = None;
         self.gate.resume();
-        self.state = RUNNING;
+        Ok(())
     }
 
     pub(super) fn state(&self) -> u32 {
-        self.state
+        if self.paused.is_some() { PAUSED } else { RUNNING }
     }
 
     pub(super) fn args(&self) -> &str {
-        &self.args
+        &self.wanted.args
     }
 
     /// As tapdisk's dictionary: sectors and requests as [read, written].
     pub(super) fn stats(&self) -> Value {
         let both = |of: fn(&Counts) -> u64| [of(self.counted.reads()), of(self.counted.writes())];
-        let (kind, file) = self.args.split_once(':').unwrap_or(("", &self.args));
+        let args = &self.wanted.args;
+        let (kind, file) = args.split_once(':').unwrap_or(("", args));
+        let failed = self.mirror.as_ref().is_some_and(|m| m.is_dropped()) || self.mirror_failed;
+        let failed_over = self.standby.as_ref().is_some_and(|s| s.taken_over().is_some());
         json!({
-            "name": self.args,
+            "name": args,
             "minor": self.minor,
             "secs": both(|c| c.bytes() / 512),
             "images": [{
@@ -122,7 +186,8 @@ impl Opened {
                 "fail": both(Counts::failed),
                 "driver": {"name": kind},
             }],
-            "nbd_mirror_failed": u32::from(self.mirror.as_ref().is_some_and(|m| m.is_dropped())),
+            "nbd_mirror_failed": u32::from(failed),
+            "failed_over": u32::from(failed_over),
         })
     }
 }
@@ -130,12 +195,24 @@ impl Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         if let Err(e) = self.end() {
-            tracing::error!("{}: {e}", self.args);
+            tracing::error!("{}: {e}", self.wanted.args);
         }
     }
 }
 
-fn disk_of(args: &str, wanted: &Wanted) -> Result<Arc<dyn Disk>> {
+/// The disk of a tapdisk, and the mirror that it is, if it has one.
+fn disks_of(wanted: &Wanted) -> Result<(Arc<dyn Disk>, Option<Arc<MirrorDisk>>)> {
+    let disk = disk_of(&wanted.args, wanted)?;
+    match &wanted.secondary {
+        Some(args) if !wanted.standby => {
+            let mirror = MirrorDisk::new(disk, disk_of(args, wanted)?, OnError::Drop)?;
+            Ok((Arc::clone(&mirror) as Arc<dyn Disk>, Some(mirror)))
+        }
+        _ => Ok((disk, None)),
+    }
+}
+
+pub(super) fn disk_of(args: &str, wanted: &Wanted) -> Result<Arc<dyn Disk>> {
     let access = if wanted.read_only { Access::ReadOnly } else { Access::ReadWrite };
     if NbdTarget::is_meant(args) {
         let target = NbdTarget::parse(args)?;
@@ -146,7 +223,8 @@ fn disk_of(args: &str, wanted: &Wanted) -> Result<Arc<dyn Disk>> {
         "aio" => "raw".parse()?,
         kind => kind.parse()?,
     };
-    let cache = if wanted.no_o_direct { Cache::Writeback } else { Cache::None };
+    let cached = wanted.no_o_direct || wanted.read_cache;
+    let cache = if cached { Cache::Writeback } else { Cache::None };
     let file = OpenOptions::new(path).access(access).cache(cache);
     let backing = BackingPolicy::Allow(wanted.allow_backing.clone());
     Ok(image::open(&ImageOptions::new(format, file).backing(backing))?)

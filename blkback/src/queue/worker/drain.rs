@@ -18,6 +18,7 @@ impl<A: Abi> Worker<A> {
             self.count_finished();
             self.run.done.clear();
         }
+        self.give_up();
         self.publish()?;
         if self.shared.flushing() { self.flush() } else { Ok(()) }
     }
