@@ -10,7 +10,8 @@ id=$(xl domid g)
 D=$id/xvda
 second="dd if=/dev/xvda bs=1M skip=16 count=16 2>/dev/null | sha256sum"
 wanted=$(g g "$second" | grep -oE '^[0-9a-f]{64}')
-gm g "sh /lab/verify.sh start /dev/xvda --iodepth=32"
+# Not as much as it can: the jobs and their kills are to have their share of two cores.
+gm g "sh /lab/verify.sh start /dev/xvda '--iodepth=32 --rate_iops=100'"
 kills_begin "$id"
 inside=0
 name() { node "$(backend_node g xvda)/params"; }
@@ -24,7 +25,7 @@ killed() {
   told=yes
   wait $job || { told=no; inside=$((inside + 1)); }
   echo "$*: $([ $told = yes ] && echo done before the kill || tail -n 1 $CTL/job.out)"
-  within "a backend after the kill" 4000 backend_serves xvda
+  within "a backend after the kill" 6000 backend_serves
   running g || fail "fio has ended during: $*"
 }
 # again SIGN WORDS...: the same job once more; an error with that sign says that it was done
