@@ -553,10 +553,12 @@ pub fn open_target(wanted: &Wanted, backing: &BackingPolicy) -> Result<Arc<dyn D
         Opening::Read => (file.lock(Lock::Off).access(Access::ReadOnly), backing.clone()),
         Opening::Alone => (file.lock(Lock::Off).access(Access::ReadOnly), BackingPolicy::Ignore),
     };
-    let options = ImageOptions::new(format, file)
-        .backing(backing)
-        .l2_cache(wanted.l2_cache)
-        .commits(wanted.commits);
+    let options = ImageOptions::new(format, file).backing(backing).l2_cache(wanted.l2_cache);
+    let options = match wanted.how {
+        Opening::Guest => options.commits(wanted.commits),
+        // What a job writes into another image, a job that is begun again writes again.
+        _ => options,
+    };
     let disk = match wanted.how {
         Opening::Guest => image::open(&options),
         // With its layers, also where there is but one.

@@ -244,3 +244,55 @@ fn foreign_and_small_tables_are_refused() {
     assert!(matches!(open(64), Some(TableError::TooSmall { .. })));
     assert!(Table::<[u64; 3], _>::open(memory.clone(), 4).is_err());
 }
+
+/// Whatever a table's bytes are: it is refused, or each of its entries is given once.
+#[test]
+fn spoilt_tables_are_refused_or_harmless() {
+    let mut choice = Choice(7);
+    let (mut refused, mut taken_up) = (0, 0);
+    for round in 0..4000 {
+        let mut survivors = Survivors::new(if round % 2 == 0 { 0 } else { u32::MAX - 3 });
+        survivors.front_turn(4, 4);
+        let mut back = survivors.attach();
+        let mut held: VecDeque<Slot> = VecDeque::new();
+        for _ in 0..1 + choice.below(4) {
+            held.extend(back.take().expect("take").map(|taken| taken.slot));
+        }
+        if choice.below(2) == 0 {
+            let at = choice.below(held.len() as u64) as usize;
+            back.respond(held.remove(at).expect("in range"), &[0, 0]);
+            let _ = back.publish();
+        }
+        drop((back, held));
+        let bytes = Table::<[u64; 126], Shared>::bytes(SLOTS) as u64;
+        for _ in 0..1 + choice.below(3) {
+            // Mostly where it says what is free and what is not.
+            let most = if choice.below(4) == 0 { bytes } else { 64 + 32 };
+            let value = [choice.below(256) as u8];
+            survivors.table.write(choice.below(most) as usize, &value);
+        }
+        let Ok(table) = Table::open(survivors.table.clone(), SLOTS) else {
+            refused += 1;
+            continue;
+        };
+        let Ok((mut back, _)) =
+            BackRing::<Wide, _, _>::attach(survivors.ring.clone(), table, Handle::default())
+        else {
+            refused += 1;
+            continue;
+        };
+        taken_up += 1;
+        let mut given: Vec<Slot> = Vec::new();
+        while let Ok(Some(taken)) = back.take() {
+            assert!(given.iter().all(|slot| slot.index() != taken.slot.index()));
+            assert!(taken.slot.index() < SLOTS as usize);
+            given.push(taken.slot);
+        }
+        assert!(given.len() <= SLOTS as usize);
+        for slot in given {
+            back.respond(slot, &[0, 0]);
+        }
+        let _ = back.publish();
+    }
+    assert!(refused > 500 && taken_up > 500, "{refused} refused, {taken_up} not");
+}

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use blktap::export::nbd::{Export, Limits, Server, proto, tls};
 use blktap::formats::qcow2::L2Cache;
-use blktap::image::{self, BackingPolicy, ImageOptions};
+use blktap::image::{self, BackingPolicy, Commits, ImageOptions};
 use blktap::storage::{Access, Cache, OpenOptions};
 use blktap::{Disk, NullDisk};
 use crossbeam::channel::Receiver;
@@ -66,6 +66,7 @@ fn open_nbd(format: &str, path: &str, options: &ExportNbd) -> Result<Arc<dyn Dis
         cache: options.cache.into(),
         backing: &options.allow_backing,
         l2_cache: options.l2_cache_size,
+        commits: Commits::AtFlush,
     };
     how.open(format, path)
 }
@@ -76,6 +77,7 @@ struct How<'a> {
     cache: Cache,
     backing: &'a [PathBuf],
     l2_cache: L2Cache,
+    commits: Commits,
 }
 
 impl How<'_> {
@@ -83,7 +85,7 @@ impl How<'_> {
         let file = OpenOptions::new(path).access(self.access).cache(self.cache);
         let backing = BackingPolicy::Allow(self.backing.to_vec());
         let image = ImageOptions::new(format.parse()?, file).backing(backing);
-        Ok(image::open(&image.l2_cache(self.l2_cache))?)
+        Ok(image::open(&image.l2_cache(self.l2_cache).commits(self.commits))?)
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use blktap::export::vhost_user::{Export, Server};
+use blktap::image::Commits;
 use blktap::storage::Access;
 use blktap::{Disk, NullDisk};
 
@@ -52,6 +53,8 @@ fn disk(options: &ExportVhostUserBlk) -> Result<Arc<dyn Disk>> {
         cache: options.cache.into(),
         backing: &options.allow_backing,
         l2_cache: options.l2_cache_size,
+        // A guest outlives this process, and goes on with the next one.
+        commits: Commits::BeforeAnswer,
     };
     how.open(&options.format, path)
 }

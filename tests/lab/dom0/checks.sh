@@ -155,3 +155,45 @@ leak_control() {
   [ "$1" != node ] || xenstore-rm "$BACKEND_VBD/$id"
   true
 }
+
+# --- backends that are killed
+
+# kills_begin DOMID: names the guest whose backend is to be killed, and the seed of when. What happens is read off the daemon's
+# log: on two cores that a guest's fio keeps busy each program that is started takes its time.
+kills_begin() {
+  KILLED=$1
+  echo "${SEED:-20231}" > $CTL/random
+}
+# random N: a number below N, by the seed
+random() {
+  seed=$((($(cat $CTL/random) * 1103515245 + 12345) % 2147483648))
+  echo $seed > $CTL/random
+  echo $((seed / 65536 % $1))
+}
+attached() { grep -c ': attached with ' $CTL/daemon.log; }
+# backend_kill: kill -9 of the guest's backend process
+backend_kill() {
+  attached > $CTL/attached
+  must kill -9 "$(sed -n "s/.*process \([0-9]*\) serves domain $KILLED\$/\1/p" $CTL/daemon.log | tail -n 1)"
+}
+# backend_serves: another process serves the guest's disk
+backend_serves() { [ "$(attached)" -gt "$(cat $CTL/attached)" ]; }
+# replays: how many requests were served again, by the daemon's log
+replays() { sed -n 's/.* queue(s), \([0-9]*\) request(s) are served again.*/\1/p' $CTL/daemon.log | awk '{ n += $1 } END { print n + 0 }'; }
+# running GUEST: fio of verify.sh is at work
+running() { g "$1" "test ! -e /tmp/stopped && test ! -e /tmp/wrong" > /dev/null; }
+# each_queue_served GUEST VDEV QUEUES: the present backend has had requests on each
+each_queue_served() {
+  n=0
+  for r in $(stat_each "$1" "$2" requests); do
+    above "requests of queue $n" 0 "$r"
+    n=$((n + 1))
+  done
+  same "queues with a counter" "$3" "$n"
+}
+# guest_log_is_clean GUEST: its kernel has seen no error of a disk
+guest_log_is_clean() {
+  g "$1" "dmesg | grep -iE 'I/O error|xvd.*(fail|error)|vbd.*(error|fail)|blkfront.*(bad|error)|hung task'" > $CTL/guest.errors
+  [ ! -s $CTL/guest.errors ] || fail "the guest's log: $(head -n 1 $CTL/guest.errors)"
+  echo "ok: no error in the log of $1"
+}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# verify.sh start|stop DEV: fio in the background that writes a part of DEV and verifies it with crc32c, round after round; stop
+# verify.sh start DEV [FIO OPTIONS] | stop DEV: fio in the background that writes a part of DEV and verifies it with crc32c, round after round; stop
 # ends it after the round that it is in, and fails unless every round was right and at least one began after `start`.
 case $1 in
   start)
@@ -10,7 +10,7 @@ case $1 in
       while [ ! -e /tmp/stop ]; do
         # The start; the second half stays what it was, on images below.
         fio --name=v --filename="$2" --rw=randwrite --bsrange=4k-64k --blockalign=4k --iodepth=16 --size=8M --ioengine=libaio \
-          --direct=1 --fsync=200 --randseed=$n --verify=crc32c --verify_fatal=1 > /tmp/fio.out 2>&1 || { touch /tmp/wrong; break; }
+          --direct=1 --fsync=200 --randseed=$n --verify=crc32c --verify_fatal=1 $3 > /tmp/fio.out 2>&1 || { touch /tmp/wrong; break; }
         n=$((n + 1))
         echo $n > /tmp/rounds
       done
