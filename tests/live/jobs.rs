@@ -222,10 +222,10 @@ fn a_stream_leaves_what_is_below() {
         judge(folder.path(), &disk);
         let info = well(RINGBACK, &["disk", "info", "--json", text(&folder.path().join("top"))]);
         let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
-        assert_eq!(info["backing-filename"].as_str(), base, "{info}");
+        let named = info["backing-filename"].as_str().map(|name| name.trim_start_matches("./"));
+        assert_eq!(named, base, "{info}");
         if format == "vhd" && base.is_none() {
             // Others read its blocks without their bitmaps.
-            same((&folder.path().join("seen"), "raw"), (&folder.path().join("top"), "vpc"));
             let (seen, top) = (folder.path().join("seen"), folder.path().join("top"));
             let args = ["compare", "-f", "raw", "-F", "vpc", text(&seen), text(&top)];
             well("qemu-img", &args);
