@@ -3,6 +3,7 @@
 
 mod full;
 mod jobs;
+mod targets;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -25,6 +25,7 @@ mod header;
 mod layout;
 mod locator;
 mod open;
+mod rebase;
 mod resize;
 mod resolve;
 mod space;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use blktap::formats::BackingName;
 use blktap::formats::qcow2::create::{CreateOptions, create};
+use blktap::formats::vhd::{self, NewParent, Repair, Shape, Vhd};
 use blktap::image::{self, BackingPolicy, ImageFormat, ImageOptions};
 use blktap::live::jobs::{self, AtTheEnd, Host, JobError, Old, Opening, Scene, Stage, Watch};
 use blktap::live::{LiveDisk, Name};
@@ -27,16 +28,16 @@ const BLOCKS: u64 = SIZE / BLOCK as u64;
 const JOBS: [&str; 8] =
     ["snapshot", "rename", "mirror", "commit", "commit-base", "stream", "stream-base", "coalesce"];
 
-/// The folder stands for xenstore as well.
-struct Here(PathBuf);
+/// The folder stands for xenstore as well. All images have one format.
+struct Here(PathBuf, ImageFormat);
 
 impl Here {
     fn name(&self) -> Name {
         let text = std::fs::read_to_string(self.0.join("params")).expect("params");
         text.parse().expect("a name")
     }
-    fn qcow2(&self, name: &str) -> Name {
-        Name::File { format: ImageFormat::Qcow2, path: self.0.join(name) }
+    fn named(&self, name: &str) -> Name {
+        Name::File { format: self.1, path: self.0.join(name) }
     }
 }
 
@@ -82,9 +83,9 @@ fn carry_out(here: &Here, live: &Arc<LiveDisk>, job: &str) -> Result<(), JobErro
     let scene = Scene { live, name: &name, host: here, watch: &Patient, patience };
     let base = here.0.join("base");
     match job {
-        "snapshot" => jobs::snapshot(&scene, &here.qcow2("new"), &Old::Keeps).map(drop),
-        "rename" => jobs::snapshot(&scene, &here.qcow2("new"), &Old::Moves("old".into())).map(drop),
-        "mirror" => jobs::mirror(&scene, &here.qcow2("copy"), AtTheEnd::Switch),
+        "snapshot" => jobs::snapshot(&scene, &here.named("new"), &Old::Keeps).map(drop),
+        "rename" => jobs::snapshot(&scene, &here.named("new"), &Old::Moves("old".into())).map(drop),
+        "mirror" => jobs::mirror(&scene, &here.named("copy"), AtTheEnd::Switch),
         "commit" => jobs::commit(&scene, None),
         "commit-base" => jobs::commit(&scene, Some(&base)),
         "stream" => jobs::stream(&scene, None),
@@ -97,7 +98,7 @@ fn carry_out(here: &Here, live: &Arc<LiveDisk>, job: &str) -> Result<(), JobErro
 fn is_done(here: &Here, job: &str) -> bool {
     let disk = here.open(&here.name(), Opening::Guest).expect("the disk");
     let layers = disk.image().expect("an image").layers().count();
-    let at = here.name() != here.qcow2("top");
+    let at = here.name() != here.named("top");
     match job {
         "rename" => here.0.join("old").exists() && layers == 4,
         "snapshot" | "mirror" | "commit" | "commit-base" => at,
@@ -106,21 +107,46 @@ fn is_done(here: &Here, job: &str) -> bool {
     }
 }
 
+/// A new image in its file, on another one.
+fn make_one(folder: &Path, format: ImageFormat, name: &str, below: Option<&str>) {
+    let file = OpenOptions::new(folder.join(name)).cache(Cache::Writeback);
+    let file = storage::open(&file).expect("a file");
+    if format == ImageFormat::Qcow2 {
+        let mut options = CreateOptions::new(SIZE);
+        options.cluster_size = 16384;
+        let backing = |name: &str| BackingName { name: name.into(), format: Some("qcow2".into()) };
+        options.backing = below.map(backing);
+        return create(&file, None, &options).expect("an image");
+    }
+    let shape = match below {
+        None => Shape::Dynamic,
+        Some(below) => {
+            let path = folder.join(below);
+            let disk = OpenOptions::new(&path).access(Access::ReadOnly);
+            let disk = image::open_image(&ImageOptions::new(format, disk)).expect("the parent");
+            Shape::Differencing(NewParent {
+                id: disk.format().unique_id(),
+                modified: std::fs::metadata(&path).and_then(|m| m.modified()).expect("its time"),
+                relative: below.to_owned(),
+                absolute: path.to_str().expect("UTF-8").to_owned(),
+            })
+        }
+    };
+    let options = vhd::CreateOptions::new(SIZE, shape).expect("options");
+    Vhd::create(&file, &options).expect("an image");
+}
+
 /// base <- one <- top, with data in each.
-fn make(folder: &Path) {
+fn make(folder: &Path, format: ImageFormat) {
     let mut below: Option<&str> = None;
     for (n, name) in ["base", "one", "top", "copy"].into_iter().enumerate() {
         let path = folder.join(name);
         std::fs::write(&path, []).expect("a file");
+        make_one(folder, format, name, below.filter(|_| name != "copy"));
         let file = OpenOptions::new(&path).cache(Cache::Writeback);
-        let mut options = CreateOptions::new(SIZE);
-        options.cluster_size = 16384;
-        let backing = |name: &str| BackingName { name: name.into(), format: Some("qcow2".into()) };
-        options.backing = below.filter(|_| name != "copy").map(backing);
-        create(&storage::open(&file).expect("a file"), None, &options).expect("an image");
         below = Some(name);
         if name != "copy" {
-            let disk = image::open_image(&ImageOptions::new(ImageFormat::Qcow2, file));
+            let disk = image::open_image(&ImageOptions::new(format, file));
             let disk = disk.expect("an image");
             let mut queue = disk.queue(1).expect("queue");
             for block in (n as u64 * 301..BLOCKS).step_by(n + 2).take(1500) {
@@ -141,8 +167,11 @@ fn tell(line: &str) {
 /// The guest and the job, in the process that is killed. Says what it is about to write and what
 /// is flushed.
 fn be_killed(role: &str) {
-    let [folder, job, seed] = role.split('|').collect::<Vec<_>>()[..] else { panic!("{role}") };
-    let (here, mut seed) = (Here(folder.into()), seed.parse::<u64>().expect("a seed"));
+    let [folder, format, job, seed] = role.split('|').collect::<Vec<_>>()[..] else {
+        panic!("{role}")
+    };
+    let here = Here(folder.into(), format.parse().expect("a format"));
+    let mut seed = seed.parse::<u64>().expect("a seed");
     let disk = here.open(&here.name(), Opening::Guest).expect("the disk");
     let live = LiveDisk::new(disk);
     let mut out = std::io::stdout().lock();
@@ -212,9 +241,15 @@ fn judge(before: &[u8], after: &[u8], told: &str, what: &str) {
     }
 }
 
-fn check(folder: &Path, what: &str) {
+fn check(folder: &Path, format: ImageFormat, what: &str) {
     for name in ["base", "one", "top", "copy", "new", "old"] {
         let path = folder.join(name);
+        if format == ImageFormat::Vhd {
+            if path.exists() {
+                check_vhd(&path, what);
+            }
+            continue;
+        }
         // An overlay that nobody has opened yet names what will be called so.
         let nameless = name == "new" && !folder.join("old").exists() && what.starts_with("rename");
         if path.exists() && !nameless {
@@ -229,10 +264,18 @@ fn check(folder: &Path, what: &str) {
     }
 }
 
+/// Space that nobody uses may be left.
+fn check_vhd(path: &Path, what: &str) {
+    let file = OpenOptions::new(path).access(Access::ReadOnly).lock(Lock::Off);
+    let file = storage::open(&file).expect("a file");
+    let report = Vhd::check(&file, Repair::Nothing).unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(report.corruptions, 0, "{what}: {}: {:?}", path.display(), report.findings);
+}
+
 /// Kills a process with a job after a while; what it has said.
-fn kill(folder: &Path, job: &str, seed: u64, after: Duration) -> String {
+fn kill(folder: &Path, format: ImageFormat, job: &str, seed: u64, after: Duration) -> String {
     let name = "kill::killed_jobs_are_completed";
-    let role = format!("{}|{job}|{seed}", folder.display());
+    let role = format!("{}|{format}|{job}|{seed}", folder.display());
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["--exact", name, "--nocapture"]).env(ROLE, role);
     let said = std::fs::File::create(folder.join("said")).expect("a file");
@@ -256,44 +299,51 @@ fn killed_jobs_are_completed() {
     if let Ok(role) = std::env::var(ROLE) {
         return be_killed(&role);
     }
+    kill_all(ImageFormat::Qcow2, &JOBS);
+}
+
+#[test]
+fn killed_jobs_on_vhds_are_completed() {
+    kill_all(ImageFormat::Vhd, &["rename", "commit", "stream", "stream-base", "coalesce"]);
+}
+
+fn kill_all(format: ImageFormat, jobs: &[&str]) {
     let mut seed = 0x2545_f491_4f6c_dd1d;
     let template = crate::support::folder();
-    make(template.path());
+    make(template.path(), format);
     let mut interrupted = 0;
-    for job in JOBS {
+    for job in jobs.iter().copied() {
         let (mut done, mut undone) = (0, 0);
         for round in 0..10 {
-            let what = format!("{job}, round {round}");
+            let what = format!("{job}, round {round}, {format}");
             let folder = crate::support::folder();
             for name in ["base", "one", "top", "copy"] {
                 let copied = std::fs::copy(template.path().join(name), folder.path().join(name));
                 copied.expect("a copy");
             }
-            let here = Here(folder.path().to_owned());
-            here.record(&here.qcow2("top")).expect("params");
+            let here = Here(folder.path().to_owned(), format);
+            here.record(&here.named("top")).expect("params");
             let before = read(&here);
             let after = Duration::from_micros(next(&mut seed) % 60_000);
-            let told = kill(folder.path(), job, next(&mut seed), after);
+            let told = kill(folder.path(), format, job, next(&mut seed), after);
             // The locks of a killed process are waited for.
             let found = read(&here);
-            check(folder.path(), &what);
+            check(folder.path(), format, &what);
             judge(&before, &found, &told, &what);
             let ended = is_done(&here, job);
             if ended {
                 done += 1
             } else {
-                undone += 1
-            }
-            if !ended {
+                undone += 1;
                 let live = LiveDisk::new(here.open(&here.name(), Opening::Guest).expect("a disk"));
                 carry_out(&here, &live, job).unwrap_or_else(|e| panic!("{what}, again: {e}"));
                 drop(live);
                 assert!(read(&here) == found, "{what}: completed, it reads otherwise");
                 assert!(is_done(&here, job), "{what}");
             }
-            check(folder.path(), &what);
+            check(folder.path(), format, &what);
         }
-        eprintln!("{job}: {undone} were killed before their end, {done} after");
+        eprintln!("{format}: {job}: {undone} were killed before their end, {done} after");
         interrupted += undone;
     }
     assert!(interrupted > 0, "no job was killed before its end");

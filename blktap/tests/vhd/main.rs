@@ -5,6 +5,7 @@ mod driver;
 mod hostile;
 mod model;
 mod qemu;
+mod rebase;
 mod repair;
 
 use std::path::Path;

@@ -99,7 +99,8 @@ impl<'a> Begun<'a> {
             if work.tick(job.number("done"), job.number("total")).is_break() && !told {
                 told = true;
                 eprintln!("ringback: {}: cancelling", self.device);
-                self.say("cancel")?;
+                // It may have ended meanwhile; how is told next.
+                let _ = self.say("cancel");
             }
             std::thread::sleep(LOOK);
         }

@@ -200,8 +200,10 @@ impl Drop for Opened {
     }
 }
 
-/// The disk of a tapdisk, and the mirror that it is, if it has one.
-fn disks_of(wanted: &Wanted) -> Result<(Arc<dyn Disk>, Option<Arc<MirrorDisk>>)> {
+/// A disk, and the mirror that it is, if it has one.
+type Disks = (Arc<dyn Disk>, Option<Arc<MirrorDisk>>);
+
+fn disks_of(wanted: &Wanted) -> Result<Disks> {
     let disk = disk_of(&wanted.args, wanted)?;
     match &wanted.secondary {
         Some(args) if !wanted.standby => {

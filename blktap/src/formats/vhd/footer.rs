@@ -151,6 +151,15 @@ pub(super) enum Found {
     Nothing,
 }
 
+/// A kind as the footer has it.
+fn number_of(kind: Kind) -> U32 {
+    U32::new(match kind {
+        Kind::Fixed => 2,
+        Kind::Dynamic => 3,
+        Kind::Differencing => 4,
+    })
+}
+
 impl Footer {
     /// A footer of a new image, with its checksum.
     pub fn new(kind: Kind, size: u64, id: [u8; 16], created: SystemTime) -> Footer {
@@ -166,13 +175,15 @@ impl Footer {
         footer.creator_version = U32::new(TAPDISK_NOW);
         footer.original_size = U64::new(size);
         footer.id = id;
-        footer.kind = U32::new(match kind {
-            Kind::Fixed => 2,
-            Kind::Dynamic => 3,
-            Kind::Differencing => 4,
-        });
+        footer.kind = number_of(kind);
         footer.set_size(size);
         footer
+    }
+
+    /// Another kind, with the checksum.
+    pub fn set_kind(&mut self, kind: Kind) {
+        self.kind = number_of(kind);
+        self.checksum = self.computed();
     }
 
     /// Another size, with geometry and checksum.

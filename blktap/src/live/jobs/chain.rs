@@ -8,6 +8,7 @@ use crate::copy::{Part, What};
 use crate::disk::{Disk, Kept};
 use crate::formats::BackingName;
 use crate::formats::qcow2::{rebase, resize};
+use crate::formats::vhd::{NewParent, Vhd};
 use crate::image::{ImageDisk, ImageFormat, Status, StatusPlace};
 use crate::live::Name;
 use crate::storage::{self, Cache, FileStorage, Lock, OpenOptions, Storage};
@@ -21,6 +22,8 @@ pub struct Layer {
     pub format: ImageFormat,
     /// Bytes of its disk.
     pub size: u64,
+    /// The unique id by which a VHD's children know it.
+    pub id: Option<[u8; 16]>,
 }
 
 impl Layer {
@@ -40,7 +43,8 @@ fn of_image(image: &ImageDisk) -> Result<Vec<Layer>, JobError> {
     let layer = |format: &std::sync::Arc<dyn crate::formats::Format>| {
         let path: PathBuf = format.files().first().map(|f| f.name()).unwrap_or_default().into();
         let name = format.name().parse::<ImageFormat>().map_err(about(path.display()))?;
-        Ok(Layer { path: real_path(&path)?, format: name, size: format.size() })
+        let (size, id) = (format.size(), format.unique_id());
+        Ok(Layer { path: real_path(&path)?, format: name, size, id })
     };
     image.layers().map(layer).collect()
 }
@@ -128,8 +132,8 @@ pub(super) fn make_room(layer: &Layer, below: Option<&Layer>, size: u64) -> Resu
 /// Another backing file in the header of an image that is not open.
 pub(super) struct Rebase {
     child: Layer,
-    old: Option<BackingName>,
-    new: Option<BackingName>,
+    old: Option<Layer>,
+    new: Option<Layer>,
     made: bool,
 }
 
@@ -140,32 +144,63 @@ impl Rebase {
         old: Option<&Layer>,
         new: Option<&Layer>,
     ) -> Result<Rebase, JobError> {
-        if child.format != ImageFormat::Qcow2 {
-            return Err(JobError::Other(format!(
-                "{}: an image of format {} cannot be given another backing file: copy the disk \
-                 with `ringback disk mirror`",
-                child.path.display(),
-                child.format
-            )));
-        }
-        let name = |layer: Option<&Layer>| {
-            let name = |layer: &Layer| {
-                let format = match layer.format {
-                    ImageFormat::Vhd => "vpc",
-                    other => other.name(),
-                };
-                let name = name_from(&child.path, &layer.path)?;
-                let format = Some(format.to_owned());
-                Ok::<_, JobError>(BackingName { name, format })
-            };
-            layer.map(name).transpose()
+        let refuse = |why: String| {
+            let path = child.path.display();
+            Err(JobError::Other(format!(
+                "{path}: {why}: copy the disk with `ringback disk mirror`"
+            )))
         };
-        Ok(Rebase { child: child.clone(), old: name(old)?, new: name(new)?, made: false })
+        match (child.format, new.map(|layer| layer.format)) {
+            (ImageFormat::Qcow2, _) => {}
+            (ImageFormat::Vhd, None | Some(ImageFormat::Vhd | ImageFormat::Raw)) => {}
+            (ImageFormat::Vhd, Some(other)) => {
+                return refuse(format!("a VHD cannot build on an image of format {other}"));
+            }
+            (format, _) => {
+                return refuse(format!(
+                    "an image of format {format} cannot be given another backing file"
+                ));
+            }
+        }
+        for layer in [old, new].into_iter().flatten() {
+            name_from(&child.path, &layer.path)?;
+        }
+        let (old, new) = (old.cloned(), new.cloned());
+        Ok(Rebase { child: child.clone(), old, new, made: false })
     }
 
-    fn write(&self, backing: Option<&BackingName>) -> Result<(), JobError> {
+    fn write(&self, below: Option<&Layer>) -> Result<(), JobError> {
         let storage = file(&self.child.path)?;
-        rebase::set_backing(&storage, backing).map_err(about(self.child.path.display()))
+        let written = match self.child.format {
+            ImageFormat::Vhd => {
+                let parent = below.map(|layer| self.parent(layer)).transpose()?;
+                Vhd::set_parent(&storage, parent.as_ref())
+            }
+            _ => {
+                let backing = below.map(|layer| self.backing(layer)).transpose()?;
+                rebase::set_backing(&storage, backing.as_ref())
+            }
+        };
+        written.map_err(about(self.child.path.display()))
+    }
+
+    fn backing(&self, layer: &Layer) -> Result<BackingName, JobError> {
+        let format = match layer.format {
+            ImageFormat::Vhd => "vpc",
+            other => other.name(),
+        };
+        let name = name_from(&self.child.path, &layer.path)?;
+        Ok(BackingName { name, format: Some(format.to_owned()) })
+    }
+
+    fn parent(&self, layer: &Layer) -> Result<NewParent, JobError> {
+        let modified = std::fs::metadata(&layer.path).and_then(|m| m.modified());
+        Ok(NewParent {
+            id: layer.id,
+            modified: modified.map_err(about(layer.path.display()))?,
+            relative: name_from(&self.child.path, &layer.path)?,
+            absolute: real_path(&layer.path)?.to_string_lossy().into_owned(),
+        })
     }
 }
 

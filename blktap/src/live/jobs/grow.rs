@@ -31,7 +31,7 @@ pub fn grow(scene: &Scene<'_>, size: u64) -> Result<(), JobError> {
         let text = format!("{}: resize the device itself, then `ringback resize`", path.display());
         return Err(JobError::Other(text));
     }
-    let own = Layer { path: path.clone(), format: *format, size: old };
+    let own = Layer { path: path.clone(), format: *format, size: old, id: None };
     let below = match chain::layers(scene)?.get(1) {
         Some(below) => Some(BelowDisk::new(scene.host.open(&below.name(), Opening::Read)?)?),
         None => None,
