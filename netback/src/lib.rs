@@ -6,6 +6,7 @@
 
 pub mod endpoint;
 pub mod frame;
+pub mod stack;
 
 pub use endpoint::{Endpoint, EndpointQueue};
 pub use frame::{Frame, Pool};

@@ -1,0 +1,337 @@
+//! smoltcp, a TCP/IP stack, over [`Frame`]s: the user-mode endpoint runs one, and so does a guest's
+//! process.
+//!
+//! Offloads are smoltcp's as far as it has them. It leaves TCP and UDP checksums to this module, in
+//! both directions, and segments of TCP over IPv4 to whoever takes unsegmented frames; it has no
+//! segmentation offload of IPv6.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+
+use smoltcp::iface::{Config, Interface};
+use smoltcp::phy::{
+    Checksum as Sums, ChecksumCapabilities, Device, DeviceCapabilities, Medium, PacketMeta,
+    RxToken, TxToken,
+};
+use smoltcp::time::Instant;
+use smoltcp::wire::{
+    EthernetFrame, EthernetProtocol, IpAddress, IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket,
+    UdpPacket, checksum,
+};
+
+use crate::endpoint::Accepts;
+use crate::frame::{Checksum, Frame, Gso, GsoKind, MAX_FRAME, Pool};
+
+/// Bytes of an Ethernet header.
+const ETHERNET: usize = 14;
+/// Longest packet that TCP makes for somebody else to cut.
+const UNSEGMENTED: usize = 65_535 + ETHERNET;
+/// Bytes at a frame's beginning that are cleared before smoltcp writes its headers: it leaves what
+/// is unused in some of them as it is.
+const HEADERS: usize = 128;
+
+/// What the other side takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Longest packet without its Ethernet header, in bytes; 1280 at least.
+    pub mtu: u16,
+    /// Offloads.
+    pub accepts: Accepts,
+}
+
+impl Link {
+    /// With a packet's length that smoltcp can work with.
+    pub fn new(mtu: u16, accepts: Accepts) -> Link {
+        Link { mtu: mtu.max(1280), accepts }
+    }
+}
+
+/// What came in and what goes out, for one call into smoltcp.
+pub struct FrameDevice<'a> {
+    /// Frames for the stack.
+    pub incoming: &'a mut VecDeque<Frame>,
+    /// Frames of the stack.
+    pub outgoing: &'a mut VecDeque<Frame>,
+    /// How many more may be put there.
+    pub room: usize,
+    /// Where frames come from, and go when the stack is done with them.
+    pub pool: &'a mut Pool,
+    /// What may go out.
+    pub link: Link,
+    /// What there was no room for, and incoming frames with wrong checksums.
+    pub dropped: &'a mut u64,
+    /// Memory for what is dropped.
+    pub scratch: &'a mut Vec<u8>,
+}
+
+/// A frame for the stack.
+pub struct Incoming<'a> {
+    bytes: &'a [u8],
+}
+
+/// Room for a frame of the stack. One that is not used takes none.
+pub struct Outgoing<'a> {
+    outgoing: &'a mut VecDeque<Frame>,
+    room: &'a mut usize,
+    pool: &'a mut Pool,
+    link: Link,
+    dropped: &'a mut u64,
+    scratch: &'a mut Vec<u8>,
+    meta: PacketMeta,
+}
+
+impl FrameDevice<'_> {
+    /// The next frame that is not known to be wrong, to be looked at until the next call. The one
+    /// before goes back to the pool.
+    fn next(&mut self, current: &mut Option<Frame>) -> bool {
+        loop {
+            if let Some(done) = current.take() {
+                self.pool.give(done);
+            }
+            *current = self.incoming.pop_front();
+            match current {
+                None => return false,
+                Some(frame) if is_right(frame) => return true,
+                Some(_) => *self.dropped += 1,
+            }
+        }
+    }
+
+    fn token(&mut self) -> Outgoing<'_> {
+        Outgoing {
+            outgoing: self.outgoing,
+            room: &mut self.room,
+            pool: self.pool,
+            link: self.link,
+            dropped: self.dropped,
+            scratch: self.scratch,
+            meta: PacketMeta::default(),
+        }
+    }
+}
+
+/// [`FrameDevice`] as smoltcp takes it. The frame that it looks at belongs to the device.
+pub struct Port<'a> {
+    device: FrameDevice<'a>,
+    current: Option<Frame>,
+}
+
+impl<'a> Port<'a> {
+    /// For some calls.
+    pub fn new(device: FrameDevice<'a>) -> Port<'a> {
+        Port { device, current: None }
+    }
+    /// Whether the next frame is a fragment of an IPv4 packet: what answers it may be longer than
+    /// a frame, and has to leave before anything else that is.
+    pub fn next_is_fragment(&self) -> bool {
+        self.device.incoming.front().is_some_and(|frame| {
+            let fragmented = |p: &Ipv4Packet<&[u8]>| p.more_frags() || p.frag_offset() != 0;
+            ipv4(frame).is_some_and(|packet| fragmented(&packet))
+        })
+    }
+}
+
+impl Drop for Port<'_> {
+    fn drop(&mut self) {
+        if let Some(done) = self.current.take() {
+            self.device.pool.give(done);
+        }
+    }
+}
+
+impl Device for Port<'_> {
+    type RxToken<'b>
+        = Incoming<'b>
+    where
+        Self: 'b;
+    type TxToken<'b>
+        = Outgoing<'b>
+    where
+        Self: 'b;
+
+    fn receive(&mut self, _: Instant) -> Option<(Incoming<'_>, Outgoing<'_>)> {
+        if !self.device.next(&mut self.current) {
+            return None;
+        }
+        Some((Incoming { bytes: self.current.as_deref()? }, self.device.token()))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Outgoing<'_>> {
+        let fits = self.device.room > 0 && self.device.pool.free() > 0;
+        fits.then(|| self.device.token())
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        capabilities(self.device.link)
+    }
+}
+
+/// What smoltcp is told of a link.
+pub fn capabilities(link: Link) -> DeviceCapabilities {
+    let mut all = DeviceCapabilities::default();
+    all.medium = Medium::Ethernet;
+    all.max_transmission_unit = usize::from(link.mtu) + ETHERNET;
+    let mut sums = ChecksumCapabilities::default();
+    (sums.tcp, sums.udp) = (Sums::None, Sums::None);
+    all.checksum = sums;
+    let unsegmented = link.accepts.tso4 && link.accepts.checksum4 && link.accepts.scatter;
+    all.segmentation.tcpv4 = NonZeroUsize::new(UNSEGMENTED).filter(|_| unsegmented);
+    all
+}
+
+/// An interface on a link.
+pub fn interface(config: Config, link: Link) -> Interface {
+    struct Description(Link);
+    impl Device for Description {
+        type RxToken<'a> = Incoming<'a>;
+        type TxToken<'a> = Outgoing<'a>;
+        fn receive(&mut self, _: Instant) -> Option<(Incoming<'_>, Outgoing<'_>)> {
+            None
+        }
+        fn transmit(&mut self, _: Instant) -> Option<Outgoing<'_>> {
+            None
+        }
+        fn capabilities(&self) -> DeviceCapabilities {
+            capabilities(self.0)
+        }
+    }
+    Interface::new(config, &mut Description(link), Instant::ZERO)
+}
+
+impl RxToken for Incoming<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.bytes)
+    }
+}
+
+impl TxToken for Outgoing<'_> {
+    fn set_meta(&mut self, meta: PacketMeta) {
+        self.meta = meta;
+    }
+
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        let fits = *self.room > 0 && len <= MAX_FRAME;
+        let Some(mut frame) = fits.then(|| self.pool.take()).flatten() else {
+            *self.dropped += 1;
+            self.scratch.clear();
+            self.scratch.resize(len, 0);
+            return f(self.scratch);
+        };
+        *self.room -= 1;
+        frame.set_len(len);
+        frame[..len.min(HEADERS)].fill(0);
+        let result = f(&mut frame);
+        finish(&mut frame, self.link.accepts, self.meta);
+        self.outgoing.push_back(frame);
+        result
+    }
+}
+
+/// Where a frame's TCP or UDP header is, and what its checksum covers besides.
+#[derive(Clone, Copy, Debug)]
+struct Transport {
+    source: IpAddress,
+    target: IpAddress,
+    protocol: IpProtocol,
+    /// From where to where in the frame.
+    start: usize,
+    end: usize,
+}
+
+fn ipv4(frame: &[u8]) -> Option<Ipv4Packet<&[u8]>> {
+    let ethernet = EthernetFrame::new_checked(frame).ok()?;
+    let is = ethernet.ethertype() == EthernetProtocol::Ipv4;
+    is.then(|| Ipv4Packet::new_checked(&frame[ETHERNET..]).ok()).flatten()
+}
+
+fn ipv6(frame: &[u8]) -> Option<Ipv6Packet<&[u8]>> {
+    let ethernet = EthernetFrame::new_checked(frame).ok()?;
+    let is = ethernet.ethertype() == EthernetProtocol::Ipv6;
+    is.then(|| Ipv6Packet::new_checked(&frame[ETHERNET..]).ok()).flatten()
+}
+
+impl Transport {
+    /// None: it has no such header, or only a part of what its checksum covers.
+    fn of(frame: &[u8]) -> Option<Transport> {
+        let found = if let Some(packet) = ipv4(frame) {
+            if packet.more_frags() || packet.frag_offset() != 0 {
+                return None;
+            }
+            Transport {
+                source: packet.src_addr().into(),
+                target: packet.dst_addr().into(),
+                protocol: packet.next_header(),
+                start: ETHERNET + usize::from(packet.header_len()),
+                end: ETHERNET + usize::from(packet.total_len()),
+            }
+        } else {
+            let packet = ipv6(frame)?;
+            Transport {
+                source: packet.src_addr().into(),
+                target: packet.dst_addr().into(),
+                protocol: packet.next_header(),
+                start: ETHERNET + packet.header_len(),
+                end: ETHERNET + packet.total_len(),
+            }
+        };
+        let least = if found.protocol == IpProtocol::Tcp { 20 } else { 8 };
+        let whole = found.start + least <= found.end && found.end <= frame.len();
+        (whole && matches!(found.protocol, IpProtocol::Tcp | IpProtocol::Udp)).then_some(found)
+    }
+
+    /// Where in the header the checksum is.
+    fn field(&self) -> u16 {
+        if self.protocol == IpProtocol::Tcp { 16 } else { 6 }
+    }
+
+    fn pseudo_header(&self) -> u16 {
+        let len = (self.end - self.start) as u32;
+        checksum::pseudo_header(&self.source, &self.target, self.protocol, len)
+    }
+}
+
+/// Whether nothing says that a frame's TCP or UDP checksum is wrong.
+fn is_right(frame: &Frame) -> bool {
+    if frame.offload.checksum != Checksum::Unknown {
+        return true;
+    }
+    let Some(at) = Transport::of(frame) else { return true };
+    let bytes = &frame[at.start..at.end];
+    if at.protocol == IpProtocol::Tcp {
+        return TcpPacket::new_checked(bytes)
+            .map_or(true, |p| p.verify_checksum(&at.source, &at.target));
+    }
+    UdpPacket::new_checked(bytes).map_or(true, |p| p.verify_checksum(&at.source, &at.target))
+}
+
+/// Says what is left to do with a frame of smoltcp's, whose checksum is 0, and does what may not be
+/// left.
+fn finish(frame: &mut Frame, accepts: Accepts, meta: PacketMeta) {
+    let Some(at) = Transport::of(frame) else { return };
+    let taken = match at.source {
+        IpAddress::Ipv4(_) => accepts.checksum4,
+        IpAddress::Ipv6(_) => accepts.checksum6,
+    };
+    if !taken {
+        let bytes = &mut frame[at.start..at.end];
+        match at.protocol {
+            IpProtocol::Tcp => {
+                TcpPacket::new_unchecked(bytes).fill_checksum(&at.source, &at.target);
+            }
+            _ => UdpPacket::new_unchecked(bytes).fill_checksum(&at.source, &at.target),
+        }
+        frame.offload.checksum = Checksum::Valid;
+        return;
+    }
+    let (start, offset) = (at.start as u16, at.field());
+    let field = at.start + usize::from(offset);
+    frame[field..field + 2].copy_from_slice(&at.pseudo_header().to_be_bytes());
+    frame.offload.checksum = Checksum::Blank { start, offset };
+    if let (Some(size), IpProtocol::Tcp) = (meta.segmentation_offload_size, at.protocol) {
+        frame.offload.gso = Some(Gso { kind: GsoKind::TcpV4, size: size.get() });
+    }
+}
+
+#[cfg(test)]
+#[path = "stack_tests.rs"]
+mod tests;
