@@ -6,6 +6,8 @@
 
 pub mod endpoint;
 pub mod frame;
+pub mod negotiate;
+pub mod proto;
 
 pub use endpoint::{Endpoint, EndpointQueue};
 pub use frame::{Frame, Pool};
