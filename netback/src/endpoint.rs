@@ -87,3 +87,23 @@ pub trait EndpointQueue: Send {
     /// Frames dropped since the last call, because nobody took them.
     fn take_dropped(&mut self) -> u64;
 }
+
+impl<Q: EndpointQueue + ?Sized> EndpointQueue for Box<Q> {
+    fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
+        (**self).send(frames, pool)
+    }
+    fn receive(
+        &mut self,
+        frames: &mut VecDeque<Frame>,
+        room: usize,
+        pool: &mut Pool,
+    ) -> io::Result<()> {
+        (**self).receive(frames, room, pool)
+    }
+    fn waits(&self) -> Waits<'_> {
+        (**self).waits()
+    }
+    fn take_dropped(&mut self) -> u64 {
+        (**self).take_dropped()
+    }
+}

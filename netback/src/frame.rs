@@ -2,6 +2,7 @@
 // Frames lie in memory that grant copies reach by address.
 #![allow(unsafe_code)]
 
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
@@ -158,6 +159,32 @@ impl Pool {
         // The one given back last is taken first: its memory is in the cache.
         let free = (0..arena.buffer.len() / STRIDE).rev().map(frame).collect();
         Pool { arena, free }
+    }
+
+    /// `frames` frames in memory of this process alone, which no grant copy reaches.
+    pub fn private(frames: usize) -> Pool {
+        struct Owned(*mut u8, Layout);
+        // SAFETY: plain memory that nobody else frees.
+        unsafe impl Send for Owned {}
+        // SAFETY: as above; it is not reached through this.
+        unsafe impl Sync for Owned {}
+        impl Drop for Owned {
+            fn drop(&mut self) {
+                // SAFETY: allocated below with this layout, and freed once.
+                unsafe { dealloc(self.0, self.1) }
+            }
+        }
+        let len = Self::bytes(frames.max(1));
+        let Ok(layout) = Layout::from_size_align(len, rings::PAGE_SIZE) else {
+            handle_alloc_error(Layout::new::<Frame>())
+        };
+        // SAFETY: `len` is above 0.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            handle_alloc_error(layout)
+        }
+        // SAFETY: `len` bytes, aligned to pages, which live until the owner is dropped.
+        Self::new(unsafe { Buffer::new(base, len, 0, Box::new(Owned(base, layout))) })
     }
 
     /// The memory of all frames, for grant copies by [`Frame::at`].

@@ -6,6 +6,8 @@
 
 pub mod endpoint;
 pub mod frame;
+pub mod negotiate;
+pub mod proto;
 pub mod stack;
 
 pub use endpoint::{Endpoint, EndpointQueue};

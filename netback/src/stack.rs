@@ -5,6 +5,8 @@
 //! both directions, and segments of TCP over IPv4 to whoever takes unsegmented frames; it has no
 //! segmentation offload of IPv6.
 
+pub mod host;
+
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 

@@ -134,10 +134,11 @@ impl Net {
         let before = frames.len();
         loop {
             self.serve();
+            let room = room.saturating_sub(frames.len() - before);
             let mut port = Port::new(FrameDevice {
                 incoming: &mut bundle.nothing,
                 outgoing: frames,
-                room: room.saturating_sub(frames_since(before, frames)),
+                room,
                 pool,
                 link: self.link,
                 dropped: &mut bundle.dropped,
@@ -145,7 +146,7 @@ impl Net {
             });
             let result = self.interface.poll_egress(at, &mut port, &mut self.sockets);
             drop(port);
-            if result == PollResult::None || frames_since(before, frames) >= room {
+            if result == PollResult::None {
                 break;
             }
         }
@@ -191,10 +192,6 @@ impl Net {
             }
         }
     }
-}
-
-fn frames_since(before: usize, frames: &VecDeque<Frame>) -> usize {
-    frames.len() - before
 }
 
 fn echo_socket() -> Option<udp::Socket<'static>> {

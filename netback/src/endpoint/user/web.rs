@@ -261,8 +261,8 @@ fn parse(head: &[u8]) -> Result<Wanted, &'static str> {
     if !words.next().is_some_and(|version| version.starts_with("HTTP/1.")) {
         return Err(bad);
     }
-    let mut fields = lines.filter_map(|line| line.split_once(':'));
-    let mut field = |name: &str| {
+    let fields = lines.filter_map(|line| line.split_once(':'));
+    let field = |name: &str| {
         let named = fields.clone().find(|(n, _)| n.eq_ignore_ascii_case(name));
         named.map(|(_, value)| value.trim())
     };
