@@ -6,9 +6,11 @@
 
 pub mod endpoint;
 pub mod frame;
+pub mod frontend;
 pub mod negotiate;
 pub mod proto;
 pub mod stack;
 
 pub use endpoint::{Endpoint, EndpointQueue};
 pub use frame::{Frame, Pool};
+pub use frontend::{FrontOptions, FrontQueue, NetFront};

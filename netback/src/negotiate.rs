@@ -2,9 +2,12 @@
 //! and to keys. The keys are those of Xen's io/netif.h; `max-ring-page-order` and what goes with it
 //! are blkif's, which netif.h lacks.
 
+mod front;
+
 use hypervisor::xenbus::Key;
 
 use crate::endpoint::Accepts;
+pub use front::Unusable;
 
 /// What a backend offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 //! segmentation offload of IPv6.
 
 pub mod host;
+pub mod several;
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -290,6 +291,28 @@ impl Transport {
         let len = (self.end - self.start) as u32;
         checksum::pseudo_header(&self.source, &self.target, self.protocol, len)
     }
+}
+
+/// Where the checksum of a frame belongs that is said to be blank; none where it has no TCP or UDP
+/// header, or only a part of what the checksum covers.
+pub fn blank_checksum(frame: &[u8]) -> Option<Checksum> {
+    let at = Transport::of(frame)?;
+    Some(Checksum::Blank { start: u16::try_from(at.start).ok()?, offset: at.field() })
+}
+
+/// A number that is the same for all packets between the same addresses and ports. A fragment's
+/// ports are not known: it counts by its addresses alone.
+fn flow(frame: &[u8]) -> u32 {
+    let mix = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let addresses = match (ipv4(frame), ipv6(frame)) {
+        (Some(_), _) => frame.get(26..34),
+        (_, Some(_)) => frame.get(22..54),
+        _ => None,
+    };
+    let ports = Transport::of(frame).and_then(|at| frame.get(at.start..at.start + 4));
+    let bytes = addresses.into_iter().chain(ports).flatten();
+    let sum = bytes.fold(0x811c_9dc5, mix);
+    sum ^ (sum >> 16)
 }
 
 /// Whether nothing says that a frame's TCP or UDP checksum is wrong.

@@ -83,18 +83,20 @@ impl<Q: EndpointQueue> Host<Q> {
         StackInstant::ZERO + StackDuration::from(self.start.elapsed())
     }
 
-    /// Moves what can be moved in both directions.
-    pub fn turn(&mut self) -> io::Result<()> {
+    /// Moves what can be moved in both directions; whether there was anything.
+    pub fn turn(&mut self) -> io::Result<bool> {
         let now = self.now();
         self.interface.poll_maintenance(now);
+        let mut moved = false;
         loop {
             let room = BATCH - self.incoming.len().min(BATCH);
             self.queue.receive(&mut self.incoming, room, &mut self.pool)?;
             let came = !self.incoming.is_empty();
             let made = self.work(now);
             self.queue.send(&mut self.outgoing, &mut self.pool)?;
+            moved |= came || made;
             if !came && (!made || !self.outgoing.is_empty()) {
-                return Ok(());
+                return Ok(moved);
             }
         }
     }
@@ -167,8 +169,10 @@ impl<Q: EndpointQueue> Host<Q> {
                 let text = format!("{what}: not within {} s", limit.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
-            self.turn()?;
-            self.sleep(left)?;
+            // Nothing that comes meanwhile may wait for the next wake-up.
+            if !self.turn()? {
+                self.sleep(left)?;
+            }
         }
     }
 

@@ -11,7 +11,8 @@ fn mix(n: u64) -> u64 {
 /// low byte first, word n being splitmix64's n-th of that seed.
 pub fn fill(seed: u64, at: u64, into: &mut [u8]) {
     let word = |n: u64| {
-        mix(seed.wrapping_add((n.wrapping_add(1)).wrapping_mul(0x9e37_79b9_7f4a_7c15))).to_le_bytes()
+        mix(seed.wrapping_add((n.wrapping_add(1)).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+            .to_le_bytes()
     };
     let (mut number, skip) = (at / 8, (at % 8) as usize);
     let head = if skip == 0 { 0 } else { into.len().min(8 - skip) };

@@ -21,7 +21,8 @@ const WAITING: usize = 8;
 
 /// A socket bound to the server's port.
 pub(super) fn socket() -> Option<udp::Socket<'static>> {
-    let buffer = || PacketBuffer::new(vec![PacketMetadata::EMPTY; WAITING], vec![0; WAITING * LONGEST]);
+    let buffer =
+        || PacketBuffer::new(vec![PacketMetadata::EMPTY; WAITING], vec![0; WAITING * LONGEST]);
     let mut socket = udp::Socket::new(buffer(), buffer());
     socket.bind(SERVER).ok()?;
     Some(socket)
@@ -93,7 +94,11 @@ mod tests {
     use super::*;
     use smoltcp::wire::EthernetAddress;
 
-    fn asked(kind: DhcpMessageType, wanted: Option<Ipv4Address>, server: Option<Ipv4Address>) -> Option<Vec<u8>> {
+    fn asked(
+        kind: DhcpMessageType,
+        wanted: Option<Ipv4Address>,
+        server: Option<Ipv4Address>,
+    ) -> Option<Vec<u8>> {
         let request = DhcpRepr {
             message_type: kind,
             transaction_id: 77,

@@ -107,7 +107,8 @@ impl Net {
         loop {
             let fragment = port.next_is_fragment();
             let (interface, sockets) = (&mut self.interface, &mut self.sockets);
-            if interface.poll_ingress_single(at, &mut port, sockets) == PollIngressSingleResult::None
+            if interface.poll_ingress_single(at, &mut port, sockets)
+                == PollIngressSingleResult::None
             {
                 break;
             }
