@@ -3,6 +3,9 @@
 //! An [`Endpoint`] belongs to a vif, an [`EndpointQueue`] to one of its queues' threads. Frames go
 //! through it in batches; nothing in it blocks.
 
+pub mod loopback;
+pub mod pcap;
+pub mod switch;
 pub mod user;
 
 use std::collections::VecDeque;

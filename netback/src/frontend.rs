@@ -17,7 +17,7 @@ use crossbeam::channel::{Sender, bounded};
 use hypervisor::store::Client;
 use hypervisor::xenbus::State;
 use hypervisor::xenbus::front::{Health, Node};
-use hypervisor::{Access, EventChannel, GrantedPages, Guest};
+use hypervisor::{Access, GrantedPages, Guest};
 use parking_lot::Mutex;
 use perf::Handle;
 use rings::{Corrupt, RingCounters};

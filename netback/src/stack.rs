@@ -302,7 +302,7 @@ pub fn blank_checksum(frame: &[u8]) -> Option<Checksum> {
 
 /// A number that is the same for all packets between the same addresses and ports. A fragment's
 /// ports are not known: it counts by its addresses alone.
-fn flow(frame: &[u8]) -> u32 {
+pub(crate) fn flow(frame: &[u8]) -> u32 {
     let mix = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
     let addresses = match (ipv4(frame), ipv6(frame)) {
         (Some(_), _) => frame.get(26..34),

@@ -5,8 +5,8 @@
 use std::io;
 
 use hypervisor::store::{Client, Error};
-use hypervisor::xenbus::{Key, State};
 pub use hypervisor::xenbus::front::Node;
+use hypervisor::xenbus::{Key, State};
 
 use crate::negotiate::{Accepted, DiskKeys, Offer, Unusable};
 

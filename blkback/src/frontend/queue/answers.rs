@@ -4,9 +4,9 @@ use blktap::{Done, Op};
 use rustix::io::Errno;
 
 use super::super::pages::{Chain, Way};
-use hypervisor::xenbus::front::Stage;
 use super::{Call, Payload, Queue};
 use crate::proto::{self, Abi, RSP_EOPNOTSUPP, RSP_OKAY};
+use hypervisor::xenbus::front::Stage;
 
 fn io_error() -> i32 {
     Errno::IO.raw_os_error()

@@ -6,11 +6,11 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::super::pages::{Chain, Cursor, Way};
-use hypervisor::xenbus::front::Stage;
 use super::{Call, Payload, Queue};
 use crate::proto::{
     self, Abi, Body, DISCARD_SECURE, DirectOp, Request, SECTOR, Segment, WireSegment,
 };
+use hypervisor::xenbus::front::Stage;
 
 impl<A: Abi> Queue<A> {
     /// What can be said of a request without asking the backend.
