@@ -3,6 +3,8 @@
 //! An [`Endpoint`] belongs to a vif, an [`EndpointQueue`] to one of its queues' threads. Frames go
 //! through it in batches; nothing in it blocks.
 
+pub mod tap;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
