@@ -4,8 +4,10 @@
 //! through it in batches; nothing in it blocks.
 
 pub mod loopback;
+pub mod named;
 pub mod pcap;
 pub mod switch;
+pub mod tap;
 pub mod user;
 
 use std::collections::VecDeque;

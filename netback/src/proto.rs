@@ -37,11 +37,14 @@ pub const RSP_OKAY: i16 = 0;
 /// `NETIF_RSP_NULL`: the answer to a slot that was an [`ExtraInfo`].
 pub const RSP_NULL: i16 = 1;
 
-/// `XEN_NETIF_NR_SLOTS_MIN`: slots of data that a packet may always have.
+/// `XEN_NETIF_NR_SLOTS_MIN`: slots of data that a packet may always have. Linux at both ends counts
+/// those behind the first.
 pub const MAX_PACKET_SLOTS: usize = 18;
-/// Slots of data from which on a frontend is taken for broken; from 19 to 20 its packet is dropped
-/// (xen-netback's `fatal_skb_slots`).
+/// Slots of data behind the first from which on a frontend is taken for broken; with fewer its
+/// packet is dropped (xen-netback's `fatal_skb_slots`).
 pub const FATAL_PACKET_SLOTS: usize = 20;
+/// Extra information of one packet: each type once, and some to spare.
+pub const MAX_EXTRAS: usize = 8;
 /// `XEN_NETIF_MAX_TX_SIZE`: longest packet in bytes, with its Ethernet header.
 pub const MAX_TX_SIZE: u16 = 0xffff;
 /// Bytes of an Ethernet header without a VLAN tag: no packet is shorter.

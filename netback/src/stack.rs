@@ -17,11 +17,8 @@ use smoltcp::phy::{
     RxToken, TxToken,
 };
 use smoltcp::time::Instant;
-use smoltcp::wire::{
-    EthernetFrame, EthernetProtocol, IpAddress, IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket,
-    UdpPacket, checksum,
-};
 
+use crate::checksum::{self, Ip, Layers, Transport, ethertype};
 use crate::endpoint::Accepts;
 use crate::frame::{Checksum, Frame, Gso, GsoKind, MAX_FRAME, Pool};
 
@@ -127,10 +124,7 @@ impl<'a> Port<'a> {
     /// Whether the next frame is a fragment of an IPv4 packet: what answers it may be longer than
     /// a frame, and has to leave before anything else that is.
     pub fn next_is_fragment(&self) -> bool {
-        self.device.incoming.front().is_some_and(|frame| {
-            let fragmented = |p: &Ipv4Packet<&[u8]>| p.more_frags() || p.frag_offset() != 0;
-            ipv4(frame).is_some_and(|packet| fragmented(&packet))
-        })
+        self.device.incoming.front().is_some_and(|frame| is_fragment(frame))
     }
 }
 
@@ -230,88 +224,26 @@ impl TxToken for Outgoing<'_> {
     }
 }
 
-/// Where a frame's TCP or UDP header is, and what its checksum covers besides.
-#[derive(Clone, Copy, Debug)]
-struct Transport {
-    source: IpAddress,
-    target: IpAddress,
-    protocol: IpProtocol,
-    /// From where to where in the frame.
-    start: usize,
-    end: usize,
-}
-
-fn ipv4(frame: &[u8]) -> Option<Ipv4Packet<&[u8]>> {
-    let ethernet = EthernetFrame::new_checked(frame).ok()?;
-    let is = ethernet.ethertype() == EthernetProtocol::Ipv4;
-    is.then(|| Ipv4Packet::new_checked(&frame[ETHERNET..]).ok()).flatten()
-}
-
-fn ipv6(frame: &[u8]) -> Option<Ipv6Packet<&[u8]>> {
-    let ethernet = EthernetFrame::new_checked(frame).ok()?;
-    let is = ethernet.ethertype() == EthernetProtocol::Ipv6;
-    is.then(|| Ipv6Packet::new_checked(&frame[ETHERNET..]).ok()).flatten()
-}
-
-impl Transport {
-    /// None: it has no such header, or only a part of what its checksum covers.
-    fn of(frame: &[u8]) -> Option<Transport> {
-        let found = if let Some(packet) = ipv4(frame) {
-            if packet.more_frags() || packet.frag_offset() != 0 {
-                return None;
-            }
-            Transport {
-                source: packet.src_addr().into(),
-                target: packet.dst_addr().into(),
-                protocol: packet.next_header(),
-                start: ETHERNET + usize::from(packet.header_len()),
-                end: ETHERNET + usize::from(packet.total_len()),
-            }
-        } else {
-            let packet = ipv6(frame)?;
-            Transport {
-                source: packet.src_addr().into(),
-                target: packet.dst_addr().into(),
-                protocol: packet.next_header(),
-                start: ETHERNET + packet.header_len(),
-                end: ETHERNET + packet.total_len(),
-            }
-        };
-        let least = if found.protocol == IpProtocol::Tcp { 20 } else { 8 };
-        let whole = found.start + least <= found.end && found.end <= frame.len();
-        (whole && matches!(found.protocol, IpProtocol::Tcp | IpProtocol::Udp)).then_some(found)
-    }
-
-    /// Where in the header the checksum is.
-    fn field(&self) -> u16 {
-        if self.protocol == IpProtocol::Tcp { 16 } else { 6 }
-    }
-
-    fn pseudo_header(&self) -> u16 {
-        let len = (self.end - self.start) as u32;
-        checksum::pseudo_header(&self.source, &self.target, self.protocol, len)
-    }
-}
-
-/// Where the checksum of a frame belongs that is said to be blank; none where it has no TCP or UDP
-/// header, or only a part of what the checksum covers.
-pub fn blank_checksum(frame: &[u8]) -> Option<Checksum> {
-    let at = Transport::of(frame)?;
-    Some(Checksum::Blank { start: u16::try_from(at.start).ok()?, offset: at.field() })
+/// Whether a frame is a fragment of an IPv4 packet.
+fn is_fragment(frame: &[u8]) -> bool {
+    let Some((0x0800, at)) = ethertype(frame) else { return false };
+    let Some([high, low]) = frame.get(at + 6..at + 8) else { return false };
+    // More fragments, or an offset.
+    u16::from_be_bytes([*high, *low]) & 0x3fff != 0
 }
 
 /// A number that is the same for all packets between the same addresses and ports. A fragment's
 /// ports are not known: it counts by its addresses alone.
 pub(crate) fn flow(frame: &[u8]) -> u32 {
-    let mix = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    let addresses = match (ipv4(frame), ipv6(frame)) {
-        (Some(_), _) => frame.get(26..34),
-        (_, Some(_)) => frame.get(22..54),
+    let addresses = match ethertype(frame) {
+        Some((0x0800, at)) => frame.get(at + 12..at + 20),
+        Some((0x86dd, at)) => frame.get(at + 8..at + 40),
         _ => None,
     };
-    let ports = Transport::of(frame).and_then(|at| frame.get(at.start..at.start + 4));
-    let bytes = addresses.into_iter().chain(ports).flatten();
-    let sum = bytes.fold(0x811c_9dc5, mix);
+    let ports = Layers::of(frame).and_then(|layers| frame.get(layers.start..layers.start + 4));
+    // FNV-1a.
+    let mix = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let sum = addresses.into_iter().chain(ports).flatten().fold(0x811c_9dc5, mix);
     sum ^ (sum >> 16)
 }
 
@@ -320,39 +252,30 @@ fn is_right(frame: &Frame) -> bool {
     if frame.offload.checksum != Checksum::Unknown {
         return true;
     }
-    let Some(at) = Transport::of(frame) else { return true };
-    let bytes = &frame[at.start..at.end];
-    if at.protocol == IpProtocol::Tcp {
-        return TcpPacket::new_checked(bytes)
-            .map_or(true, |p| p.verify_checksum(&at.source, &at.target));
+    let Some(layers) = Layers::of(frame) else { return true };
+    let at = layers.start + layers.offset();
+    let without = layers.transport == Transport::Udp && layers.ip == Ip::V4;
+    if without && frame[at..at + 2] == [0, 0] {
+        return true;
     }
-    UdpPacket::new_checked(bytes).map_or(true, |p| p.verify_checksum(&at.source, &at.target))
+    let bytes = &frame[layers.start..layers.end];
+    checksum::fold(layers.pseudo(frame, bytes.len()) + checksum::sum(bytes)) == 0xffff
 }
 
 /// Says what is left to do with a frame of smoltcp's, whose checksum is 0, and does what may not be
 /// left.
 fn finish(frame: &mut Frame, accepts: Accepts, meta: PacketMeta) {
-    let Some(at) = Transport::of(frame) else { return };
-    let taken = match at.source {
-        IpAddress::Ipv4(_) => accepts.checksum4,
-        IpAddress::Ipv6(_) => accepts.checksum6,
-    };
+    let Some(layers) = Layers::of(frame) else { return };
+    let taken = if layers.ip == Ip::V4 { accepts.checksum4 } else { accepts.checksum6 };
     if !taken {
-        let bytes = &mut frame[at.start..at.end];
-        match at.protocol {
-            IpProtocol::Tcp => {
-                TcpPacket::new_unchecked(bytes).fill_checksum(&at.source, &at.target);
-            }
-            _ => UdpPacket::new_unchecked(bytes).fill_checksum(&at.source, &at.target),
-        }
+        layers.fill(frame);
         frame.offload.checksum = Checksum::Valid;
         return;
     }
-    let (start, offset) = (at.start as u16, at.field());
-    let field = at.start + usize::from(offset);
-    frame[field..field + 2].copy_from_slice(&at.pseudo_header().to_be_bytes());
+    layers.prepare(frame);
+    let (start, offset) = (layers.start as u16, layers.offset() as u16);
     frame.offload.checksum = Checksum::Blank { start, offset };
-    if let (Some(size), IpProtocol::Tcp) = (meta.segmentation_offload_size, at.protocol) {
+    if let (Some(size), Transport::Tcp) = (meta.segmentation_offload_size, layers.transport) {
         frame.offload.gso = Some(Gso { kind: GsoKind::TcpV4, size: size.get() });
     }
 }

@@ -37,8 +37,7 @@ fn a_checksum_is_left_only_to_those_who_take_it() {
     };
     assert_eq!((start, offset), (34, 16));
     // Whoever sums all from `start` on gets the right one.
-    let sum = !checksum::data(&frame[34..]);
-    frame[50..52].copy_from_slice(&sum.to_be_bytes());
+    assert!(checksum::complete(&mut frame, 34, 16));
     frame.offload.checksum = Checksum::Unknown;
     assert!(is_right(&frame));
 }
@@ -47,13 +46,13 @@ fn a_checksum_is_left_only_to_those_who_take_it() {
 fn what_has_no_header_of_its_own_is_left_alone() {
     let mut pool = Pool::private(1);
     let whole = packet(&mut pool);
-    assert!(Transport::of(&whole).is_some());
+    assert!(Layers::of(&whole).is_some());
     for cut in 0..whole.len() {
-        assert!(Transport::of(&whole[..cut]).is_none(), "{cut} bytes");
+        assert!(Layers::of(&whole[..cut]).is_none(), "{cut} bytes");
     }
     let mut fragment = whole.to_vec();
     fragment[20] = 0x20;
-    assert!(Transport::of(&fragment).is_none(), "a fragment");
+    assert!(Layers::of(&fragment).is_none(), "a fragment");
 }
 
 proptest::proptest! {

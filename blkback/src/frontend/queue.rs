@@ -20,8 +20,8 @@ use super::shared::Shared;
 use crate::counters::QueueCounters;
 use crate::negotiate::Protocol;
 use crate::proto::{self, Abi, Native, Ring, Segment, WireSegment, X86_32, X86_64};
-use blktap::polling::Poller;
 use hypervisor::xenbus::front::Stage;
+use perf::polling::Poller;
 
 /// Most descriptors beside the queue's own in one `wait`.
 const MAX_FDS: usize = 64;

@@ -8,11 +8,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blktap::polling::Pollers;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
 use hypervisor::{Direction, EventChannel, SharedMapping};
 use perf::Handle;
+use perf::polling::Pollers;
 use rings::{BackRing, Notify, Pending, Table};
 
 use super::Shared;

@@ -4,9 +4,9 @@ use std::io;
 
 use hypervisor::xenbus::{Fault, Nodes};
 
+use super::Endpoint;
 use super::loopback::Loopback;
 use super::user::UserNet;
-use super::Endpoint;
 use crate::backend::{Host, open_tap};
 
 /// An endpoint of which nothing is left when its process ends.

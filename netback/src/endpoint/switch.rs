@@ -92,7 +92,7 @@ impl Inner {
 
     /// Notes that an address is behind a port.
     fn learn(&mut self, mac: Mac, port: usize, now: Instant) {
-        if !self.addresses.get(&mac).is_some_and(|known| known.port == port) {
+        if self.addresses.get(&mac).is_none_or(|known| known.port != port) {
             let behind = |known: &Known| known.port == port;
             if self.addresses.values().filter(|known| behind(known)).count() >= ADDRESSES {
                 let old = |known: &Known| now.saturating_duration_since(known.seen) >= AGE;

@@ -48,7 +48,9 @@ pub const WEB_PORT: u16 = web::PORT;
 /// The port of the UDP echo server.
 pub const ECHO_PORT: u16 = 7;
 /// Frames for the guest that wait in a queue. What comes beyond is dropped.
-const MOST_WAITING: usize = 256;
+const MOST_WAITING: usize = 128;
+/// Frames that are left in the pool, so that those that wait can be taken.
+const RESERVE: usize = 16;
 
 /// The endpoint; each connected guest finds the network new.
 pub struct UserNet {
@@ -120,6 +122,7 @@ impl EndpointQueue for UserQueue {
     fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
         if !frames.is_empty() {
             let room = MOST_WAITING.saturating_sub(self.waiting.len());
+            let room = room.min(pool.free().saturating_sub(RESERVE));
             let (waiting, bundle) = (&mut self.waiting, &mut self.bundle);
             self.end.with(|net| net.take(frames, waiting, room, pool, bundle));
         }

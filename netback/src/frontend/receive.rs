@@ -8,11 +8,12 @@ use perf::Handle;
 use rings::{FrontRing, PAGE_SIZE, RingCounters};
 
 use super::{Fault, Totals};
-use crate::frame::{Checksum, Frame, Gso, MAX_FRAME, Pool};
+use crate::frame::{Frame, Gso, MAX_FRAME, Pool};
+use crate::offload::claimed;
 use crate::proto::{
     Extra, RX_CSUM_BLANK, RX_DATA_VALIDATED, RX_EXTRA_INFO, RX_MORE_DATA, Rx, RxRequest, RxResponse,
 };
-use crate::stack;
+use crate::tx::Claim;
 
 /// What the next response is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,19 +160,19 @@ impl Receive {
 /// Passes on a packet that has wholly come.
 fn finish(packet: Partial, frames: &mut VecDeque<Frame>, pool: &mut Pool, totals: &mut Totals) {
     let Partial { mut frame, flags, gso, bad } = packet;
-    let checksum = if flags & RX_CSUM_BLANK != 0 {
-        stack::blank_checksum(&frame)
+    let claim = if flags & RX_CSUM_BLANK != 0 {
+        Claim::Blank
     } else if flags & RX_DATA_VALIDATED != 0 {
-        Some(Checksum::Valid)
+        Claim::Validated
     } else {
-        Some(Checksum::Unknown)
+        Claim::Nothing
     };
-    let unsegmented = gso.is_some() && !matches!(checksum, Some(Checksum::Blank { .. }));
-    let Some(checksum) = checksum.filter(|_| !bad && !unsegmented && !frame.is_empty()) else {
+    let good = !bad && !frame.is_empty();
+    let Some(offload) = good.then(|| claimed(&mut frame, claim, gso).ok()).flatten() else {
         totals.rx_errors += 1;
         return pool.give(frame);
     };
-    (frame.offload.checksum, frame.offload.gso) = (checksum, gso);
+    frame.offload = offload;
     totals.rx_frames += 1;
     frames.push_back(frame);
 }

@@ -57,7 +57,7 @@ fn sender(pages: usize, takes: Accepts) -> Sent {
     let (memory, granted_pages) = granted(pages, 1000);
     let front = Transmit::new(granted_ring, granted_pages, takes, Handle::default());
     let front = front.expect("a ring");
-    let table = Table::new(front.ring.slots());
+    let table = Table::on_heap(front.ring.slots());
     let (back, _) = BackRing::attach(ring, table, Handle::default()).expect("a ring");
     Sent { front, back, pages: memory, totals: Totals::default(), pool: Pool::private(8) }
 }
@@ -214,7 +214,7 @@ fn receiver(pages: usize) -> Received {
     let mut front = Receive::new(granted_ring, granted_pages, Handle::default()).expect("a ring");
     front.post();
     let _ = front.ring.publish();
-    let table = Table::new(front.ring.slots());
+    let table = Table::on_heap(front.ring.slots());
     let (back, _) = BackRing::attach(ring, table, Handle::default()).expect("a ring");
     let (pool, frames) = (Pool::private(4), VecDeque::new());
     Received { front, back, pages: memory, totals: Totals::default(), pool, frames }
