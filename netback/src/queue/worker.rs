@@ -171,7 +171,10 @@ impl Worker {
     fn deadline(&self, now: Instant) -> Option<Duration> {
         let stall = self.run.blocked.map(|since| (since + self.stall).duration_since(now));
         let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
-        let endpoint = self.endpoint.waits().deadline.map(|at| at.duration_since(now));
+        // What the endpoint has for the guest has to wait as well.
+        let hungry = self.run.to_guest.is_empty() || self.run.stalled;
+        let endpoint = self.endpoint.waits().deadline.filter(|_| hungry);
+        let endpoint = endpoint.map(|at| at.duration_since(now));
         let wait = [stall, look, endpoint].into_iter().flatten().min()?;
         Some(wait.max(Duration::from_micros(50)))
     }

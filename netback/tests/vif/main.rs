@@ -1,18 +1,21 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
+mod raw;
 mod rig;
+mod xsa;
 
 use std::time::Duration;
 
 use hypervisor::xenbus::toolstack::Detached;
 use netback::endpoint::Accepts;
-use netback::endpoint::user::GUEST;
+use netback::endpoint::user::{GATEWAY, GUEST, WEB_PORT, fill};
 use netback::frame::{Checksum, Gso, GsoKind};
 use netback::frontend::Split;
 use netback::stack::host::Host;
 use netback::stack::several::Several;
-use netback::{EndpointQueue, FrontOptions, Pool};
+use netback::{FrontOptions, FrontQueue, Pool};
 use rig::{DEVID, Driver, LIMIT, Rig, until};
+use smoltcp::socket::tcp;
 use smoltcp::wire::EthernetAddress;
 
 const NONE: Accepts =
@@ -161,6 +164,34 @@ fn unsegmented_packets_come_back_whole_or_cut_with_right_checksums() {
     }
 }
 
+/// Downloads so many bytes and compares them.
+fn download(host: &mut Host<Several<FrontQueue>>, len: usize) {
+    let buffer = || tcp::SocketBuffer::new(vec![0; 1 << 18]);
+    let handle = host.sockets.add(tcp::Socket::new(buffer(), buffer()));
+    let (interface, sockets) = host.parts();
+    let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
+    socket.connect(interface.context(), (GATEWAY, WEB_PORT), 40_000).unwrap();
+    let request = format!("GET /bytes/{len}/9 HTTP/1.1\r\n\r\n");
+    let (mut asked, mut answer) = (false, Vec::new());
+    let done = host.until("the end of the answer", LIMIT, |host| {
+        let socket = host.sockets.get_mut::<tcp::Socket<'_>>(handle);
+        if socket.may_send() && !asked {
+            asked = socket.send_slice(request.as_bytes()).unwrap() == request.len();
+        }
+        while socket.can_recv() {
+            socket.recv(|bytes| (bytes.len(), answer.extend_from_slice(bytes))).unwrap();
+        }
+        Ok((asked && !socket.may_recv()).then_some(()))
+    });
+    let state = host.sockets.get_mut::<tcp::Socket<'_>>(handle).state();
+    let totals: Vec<_> = host.queue().queues().iter().map(FrontQueue::totals).collect();
+    let came = answer.len();
+    done.unwrap_or_else(|e| panic!("{e}; {came} bytes came; {state:?}; {totals:?}"));
+    let mut expected = vec![0; len];
+    fill(9, 0, &mut expected);
+    assert!(answer.ends_with(&expected), "wrong bytes");
+}
+
 #[test]
 fn a_stack_reaches_the_user_mode_network() {
     for (mtu, queues, split) in
@@ -176,6 +207,7 @@ fn a_stack_reaches_the_user_mode_network() {
         let mac = EthernetAddress(front.mac().unwrap());
         let mut host = Host::new(queues, Pool::private(512), front.link(), mac, 1);
         assert_eq!(host.configure(LIMIT).unwrap(), GUEST);
+        download(&mut host, 3_000_000);
         drop(host);
         front.close().unwrap();
     }

@@ -12,7 +12,9 @@ use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{Backend, Frontend, HYPERVISOR_SOCKET, Link, Toolstack, serve};
 use hypervisor::xenbus::toolstack::{self, Detached, Device, Force};
 use hypervisor::xenbus::{self, DeviceId, Key, Nodesets, Options, Scope};
-use netback::{Config, EndpointQueue, Frame, FrontOptions, FrontQueue, NetBackend, NetFront, Pool};
+use netback::{
+    Config, EndpointQueue, Frame, FrontOptions, FrontQueue, NetBackend, NetFront, Open, Pool,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub(crate) const DEVID: u32 = 0;
@@ -39,6 +41,10 @@ pub(crate) struct Rig {
 impl Rig {
     /// With a backend and one vif, whose node has these keys beside the usual ones.
     pub(crate) fn start(kind: &str, keys: &[(&str, &str)]) -> Rig {
+        Rig::opening(Arc::new(netback::open), kind, keys)
+    }
+    /// The same with a backend that opens what vifs connect to by `open`.
+    pub(crate) fn opening(open: Arc<Open>, kind: &str, keys: &[(&str, &str)]) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         let (stop, hold) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -53,7 +59,7 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let backend = Some(serve_vifs(&socket, &run));
+        let backend = Some(serve_vifs(&socket, &run, open));
         let rig = Rig { dir, hypervisor: Some((hold, thread)), backend, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
@@ -95,11 +101,10 @@ impl Rig {
     }
 }
 
-fn serve_vifs(socket: &Path, run: &Path) -> (Sender<()>, JoinHandle<()>) {
+fn serve_vifs(socket: &Path, run: &Path, open: Arc<Open>) -> (Sender<()>, JoinHandle<()>) {
     let hypervisor = Arc::new(Backend::connect(socket).unwrap());
     let run_dir = run.to_owned();
     let config = Config { max_queues: 4, ..Config::default() };
-    let open = Arc::new(netback::open);
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
     let options = Options { scope: Scope::All, nodes: Nodesets::Ours, run_dir };
     let (stop, stopped) = bounded(1);
