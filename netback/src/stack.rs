@@ -21,11 +21,12 @@ use smoltcp::time::Instant;
 use crate::checksum::{self, Ip, Layers, Transport, ethertype};
 use crate::endpoint::Accepts;
 use crate::frame::{Checksum, Frame, Gso, GsoKind, MAX_FRAME, Pool};
+use crate::proto::MAX_TX_SIZE;
 
 /// Bytes of an Ethernet header.
 const ETHERNET: usize = 14;
-/// Longest packet that TCP makes for somebody else to cut.
-const UNSEGMENTED: usize = 65_535 + ETHERNET;
+/// Longest frame that TCP makes for somebody else to cut: the longest that netif carries.
+const UNSEGMENTED: usize = MAX_TX_SIZE as usize;
 /// Bytes at a frame's beginning that are cleared before smoltcp writes its headers: it leaves what
 /// is unused in some of them as it is.
 const HEADERS: usize = 128;

@@ -5,6 +5,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use hypervisor::EventChannel;
 use hypervisor::xenbus::front::Stage;
@@ -58,6 +59,10 @@ pub struct FrontQueue {
     any: OwnedFd,
     /// Notifications have been asked for since events were last taken.
     armed: bool,
+    /// Frames were left behind for want of room.
+    blocked: bool,
+    /// Since when there is room for them.
+    room_since: Option<Instant>,
     totals: Totals,
     /// Dropped and not yet told of.
     dropped: u64,
@@ -85,6 +90,8 @@ impl FrontQueue {
             channels,
             any,
             armed: false,
+            blocked: false,
+            room_since: None,
             totals: Totals::default(),
             dropped: 0,
         };
@@ -132,7 +139,7 @@ impl FrontQueue {
         }
     }
 
-    /// Takes events that came since they were asked for.
+    /// Takes events that came since they were asked for. What they told of has to be looked at.
     fn acknowledge(&mut self) -> io::Result<()> {
         if !std::mem::take(&mut self.armed) {
             return Ok(());
@@ -142,6 +149,9 @@ impl FrontQueue {
         }
         if self.channels.is_split() && self.channels.tx().acknowledge()? {
             self.transmit.ring.woken();
+        }
+        if self.blocked && self.arm_transmit()? {
+            self.room_since = Some(Instant::now());
         }
         Ok(())
     }
@@ -197,14 +207,15 @@ impl FrontQueue {
 impl EndpointQueue for FrontQueue {
     fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
         self.check()?;
+        (self.blocked, self.room_since) = (false, None);
         if frames.is_empty() {
             return Ok(());
         }
         loop {
             self.reap()?;
-            let all = self.push(frames, pool);
+            self.blocked = !self.push(frames, pool);
             self.publish()?;
-            if all || !self.arm_transmit()? {
+            if !self.blocked || !self.arm_transmit()? {
                 return Ok(());
             }
         }
@@ -238,7 +249,7 @@ impl EndpointQueue for FrontQueue {
     }
 
     fn waits(&self) -> Waits<'_> {
-        Waits { readable: Some(self.any.as_fd()), ..Waits::default() }
+        Waits { readable: Some(self.any.as_fd()), writable: None, deadline: self.room_since }
     }
 
     fn take_dropped(&mut self) -> u64 {

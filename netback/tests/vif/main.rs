@@ -94,12 +94,16 @@ fn four_queues_each_with_its_own_packets() {
         let front = rig.connect(&options);
         assert_eq!(front.queues(), 4);
         std::thread::scope(|scope| {
-            for number in 0..4 {
+            let start = |number| {
                 let queue = front.queue(number).unwrap();
                 scope.spawn(move || {
                     let mut driver = Driver::new(queue, 128);
                     round_trip(&mut driver, number as u64 + 100, 500, 65_535);
-                });
+                })
+            };
+            let threads: Vec<_> = (0..4).map(start).collect();
+            for thread in threads {
+                thread.join().unwrap_or_else(|_| panic!("{}", rig.counters(DEVID)));
             }
         });
         assert!(front.queue(0).is_err(), "a queue was given out twice");

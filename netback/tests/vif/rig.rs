@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
+use hypervisor::Hypervisor;
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{Backend, Frontend, HYPERVISOR_SOCKET, Link, Toolstack, serve};
 use hypervisor::xenbus::toolstack::{self, Detached, Device, Force};
@@ -41,10 +42,11 @@ pub(crate) struct Rig {
 impl Rig {
     /// With a backend and one vif, whose node has these keys beside the usual ones.
     pub(crate) fn start(kind: &str, keys: &[(&str, &str)]) -> Rig {
-        Rig::opening(Arc::new(netback::open), kind, keys)
+        Rig::with(Arc::new(netback::open), |hypervisor| hypervisor, kind, keys)
     }
-    /// The same with a backend that opens what vifs connect to by `open`.
-    pub(crate) fn opening(open: Arc<Open>, kind: &str, keys: &[(&str, &str)]) -> Rig {
+    /// The same with a backend that opens what vifs connect to by `open`, and sees the hypervisor
+    /// through `seen`.
+    pub(crate) fn with(open: Arc<Open>, seen: Seen, kind: &str, keys: &[(&str, &str)]) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         let (stop, hold) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -59,7 +61,7 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let backend = Some(serve_vifs(&socket, &run, open));
+        let backend = Some(serve_vifs(&socket, &run, open, seen));
         let rig = Rig { dir, hypervisor: Some((hold, thread)), backend, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
@@ -94,6 +96,22 @@ impl Rig {
     pub(crate) fn connect(&self, options: &FrontOptions) -> NetFront {
         NetFront::connect(&*self.guest(), DEVID, options).unwrap()
     }
+    /// The backend's counters that are not 0, for an error's text.
+    pub(crate) fn counters(&self, devid: u32) -> String {
+        let path = self.dir.path().join(format!("run/{}/vif-{devid}.stats", self.domid));
+        let Ok(mut reader) = perf::page::Reader::open(&path) else { return String::new() };
+        let snapshot = reader.snapshot().unwrap();
+        let json = serde_json::to_value(&snapshot).unwrap();
+        let mut text = String::new();
+        for block in json["blocks"].as_array().unwrap() {
+            for value in block["values"].as_array().unwrap() {
+                if value["value"].as_u64().is_some_and(|n| n > 0) {
+                    text += &format!("{}.{}={} ", block["name"], value["name"], value["value"]);
+                }
+            }
+        }
+        text
+    }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
         let path = format!("/local/domain/0/backend/{}/{key}", self.id(DEVID));
@@ -101,8 +119,16 @@ impl Rig {
     }
 }
 
-fn serve_vifs(socket: &Path, run: &Path, open: Arc<Open>) -> (Sender<()>, JoinHandle<()>) {
-    let hypervisor = Arc::new(Backend::connect(socket).unwrap());
+/// What a backend sees of a hypervisor.
+pub(crate) type Seen = fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>;
+
+fn serve_vifs(
+    socket: &Path,
+    run: &Path,
+    open: Arc<Open>,
+    seen: Seen,
+) -> (Sender<()>, JoinHandle<()>) {
+    let hypervisor = seen(Arc::new(Backend::connect(socket).unwrap()));
     let run_dir = run.to_owned();
     let config = Config { max_queues: 4, ..Config::default() };
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
@@ -125,7 +151,6 @@ impl Drop for Rig {
             drop(hold);
             let _ = thread.join();
         }
-        let _ = self.dir.path();
     }
 }
 
@@ -149,14 +174,17 @@ impl Driver {
         frame.copy_from_slice(bytes);
         frame
     }
-    /// Moves what can be moved.
-    pub(crate) fn turn(&mut self) {
+    /// Moves what can be moved; whether anything came.
+    pub(crate) fn turn(&mut self) -> bool {
         self.queue.send(&mut self.sent, &mut self.pool).unwrap();
-        let room = self.pool.free();
+        let (before, room) = (self.got.len(), self.pool.free());
         self.queue.receive(&mut self.got, room, &mut self.pool).unwrap();
+        self.got.len() > before
     }
     pub(crate) fn sleep(&self, limit: Duration) {
         let waits = self.queue.waits();
+        let own = waits.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let limit = own.map_or(limit, |own| own.min(limit));
         let limit = Timespec::try_from(limit).unwrap();
         let mut fds = [PollFd::from_borrowed_fd(waits.readable.unwrap(), PollFlags::IN)];
         let _ = poll(&mut fds, Some(&limit));
@@ -165,9 +193,12 @@ impl Driver {
     pub(crate) fn until_got(&mut self, count: usize) {
         let end = Instant::now() + LIMIT;
         loop {
-            self.turn();
+            let came = self.turn();
             if self.got.len() >= count {
                 return;
+            }
+            if came {
+                continue;
             }
             let left = end.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "{} of {count} frames came", self.got.len());
