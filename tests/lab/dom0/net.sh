@@ -1,5 +1,9 @@
 # Guests with a network (sourced): a bridge in dom0, vifs on it, addresses, traffic both ways.
 
+# busybox's shell prefers its own applets to programs of the same name; these are Debian's.
+IP=/usr/sbin/ip PING=/usr/bin/ping
+ip() { $IP "$@"; }
+
 BACKEND_VIF=/local/domain/0/backend/vif
 DOM0_V4=10.77.0.1
 DOM0_V6=fd77::1
@@ -28,14 +32,14 @@ vif_name() { echo "vif$(xl domid "$1").${2:-0}"; }
 
 # net_up GUEST N [MTU]: addresses of the Nth guest on its eth0
 net_up() {
-  gm "$1" "ip link set lo up; ip link set eth0 mtu ${3:-1500} up && ip addr replace $(guest_v4 "$2")/24 dev eth0 && ip -6 addr replace $(guest_v6 "$2")/64 dev eth0 nodad"
+  gm "$1" "$IP link set lo up; $IP link set eth0 mtu ${3:-1500} up && $IP addr replace $(guest_v4 "$2")/24 dev eth0 && $IP -6 addr replace $(guest_v6 "$2")/64 dev eth0 nodad"
 }
 
 # pings GUEST ADDRESS SIZE...: ten of each size, none lost
 pings() {
   guest=$1 address=$2; shift 2
   for size; do
-    g "$guest" "ping -q -c 10 -i 0.02 -W 5 -s $size $address" > $CTL/ping.out || { cat $CTL/ping.out; fail "ping of $size bytes"; }
+    g "$guest" "$PING -q -c 10 -i 0.02 -W 5 -s $size $address" > $CTL/ping.out || { cat $CTL/ping.out; fail "ping of $size bytes"; }
     grep -q ' 0% packet loss' $CTL/ping.out || { cat $CTL/ping.out; fail "ping of $size bytes lost packets"; }
     echo "ok: ping $address with $size bytes: $(grep rtt $CTL/ping.out)"
   done
@@ -43,11 +47,11 @@ pings() {
 
 # vif_stat GUEST COUNTER [DEVID]: a counter of all queues of a vif
 vif_stat() {
-  ringback stats --device "$(xl domid "$1")/vif-${3:-0}" > $CTL/stats.out || fail "ringback stats ended with status $?"
+  ringback stats --device "$(xl domid "$1")/vif${3:-0}" > $CTL/stats.out || fail "ringback stats ended with status $?"
   awk -v k="$2" '$1 == k { n += $2; seen = 1 } END { print seen ? n : "none" }' $CTL/stats.out
 }
 vif_stat_each() {
-  ringback stats --device "$(xl domid "$1")/vif-${3:-0}" > $CTL/stats.out || fail "ringback stats ended with status $?"
+  ringback stats --device "$(xl domid "$1")/vif${3:-0}" > $CTL/stats.out || fail "ringback stats ended with status $?"
   awk -v k="$2" '$1 == k { printf "%s ", $2 }' $CTL/stats.out
 }
 
