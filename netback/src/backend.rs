@@ -158,7 +158,7 @@ impl NetDevice {
     fn stats(&self, queues: usize) -> Option<StatsPage> {
         let device = perf::page::Device {
             kind: self.id.kind.to_owned(),
-            name: self.id.devid.to_string(),
+            name: format!("vif{}", self.id.devid),
             domid: self.id.domid,
             devid: self.id.devid.into(),
         };

@@ -200,4 +200,4 @@ pub fn complete(frame: &mut [u8], start: usize, offset: usize) -> bool {
 
 #[cfg(test)]
 #[path = "checksum_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -211,3 +211,15 @@ impl Pool {
         }
     }
 }
+
+#[cfg(test)]
+impl Pool {
+    /// A pool of memory of its own.
+    pub(crate) fn on_heap(frames: usize) -> Pool {
+        use rings::mem::{HeapPages, SharedMem};
+        let pages = HeapPages::new(Pool::bytes(frames) / rings::PAGE_SIZE);
+        let (base, len) = (pages.base(), pages.len());
+        // SAFETY: aligned memory that lives as long as its owner and that nobody else uses.
+        Pool::new(unsafe { Buffer::new(base, len, 0, Box::new(pages)) })
+    }
+}

@@ -254,11 +254,11 @@ impl Batch {
     }
 
     fn data(&mut self, slot: &TxRequest) -> Result<(), Broken> {
-        let behind = self.pieces.len() - self.open.first_piece;
+        let behind = self.pieces.len() - self.open.first_piece - 1;
         if behind >= FATAL_PACKET_SLOTS {
             return Err(Broken::Slots);
         }
-        if behind > MAX_PACKET_SLOTS {
+        if behind >= MAX_PACKET_SLOTS {
             self.open.dropped.get_or_insert(Dropped::Slots);
         }
         match self.open.rest.checked_sub(slot.size) {
