@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use blkback::frontend::handshake::{Chosen, KeySet, Node};
+use blkback::frontend::handshake::{Chosen, KIND, KeySet, Node};
 use blkback::negotiate::{Accepted, Protocol, QueueKeys};
 use blkback::proto::{Abi, X86_64};
 use blkback::proto::{Body, DirectOp, MAX_SEGMENTS, RSP_ERROR, RSP_OKAY, Request, Ring, Segment};
@@ -47,7 +47,7 @@ struct Attacker {
 impl Attacker {
     fn connect(xen: Arc<Xen>, devid: u32) -> Result<Attacker> {
         let store = Guest::store(&*xen)?;
-        let node = Node::find(&store, devid)?;
+        let node = Node::find(&store, KIND, devid)?;
         node.wait_backend(&store, PATIENCE, |s| s == State::InitWait)?;
         let memory = xen.grant(node.backend, 1, Access::ReadWrite)?;
         let ring = FrontRing::init(memory.clone(), Default::default())?;

@@ -55,8 +55,8 @@ pub enum Command {
         /// What to do.
         plan: String,
     },
-    /// Serve the devices of all guests: one backend process for each guest.
-    Daemon(Serve),
+    /// Serve the devices of all guests: one backend process for each guest and kind of device.
+    Daemon(Daemon),
     /// Serve devices of one kind in this process.
     #[command(subcommand)]
     Backend(Backend),
@@ -357,8 +357,38 @@ pub struct Serve {
     pub allow_backing: Vec<PathBuf>,
 }
 
+#[derive(Args)]
+pub struct Daemon {
+    #[command(flatten)]
+    pub serve: Serve,
+    /// Take every vif, not only those whose script is vif-ringback.
+    #[arg(long)]
+    pub any_vif: bool,
+    /// Set a knob of network devices; may be repeated.
+    #[arg(long, value_name = "KNOB=VALUE")]
+    pub set_net: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct ServeNet {
+    /// Take every vif, not only those whose script is vif-ringback.
+    #[arg(long)]
+    pub any: bool,
+    /// Set a knob; may be repeated.
+    #[arg(long = "set", value_name = "KNOB=VALUE")]
+    pub set: Vec<String>,
+}
+
 #[derive(Subcommand)]
 pub enum Backend {
+    /// Network devices (vif), each a TAP device of the host.
+    Net {
+        /// Serve this guest only. It may start later; serving ends with it.
+        #[arg(long, value_name = "N")]
+        domid: Option<u16>,
+        #[command(flatten)]
+        serve: ServeNet,
+    },
     /// Block devices (vbd).
     Blk {
         /// Serve this guest only. It may start later; serving ends with it.

@@ -65,11 +65,12 @@ pub fn run(cli: Cli) -> Result {
             Ok(ExitCode::SUCCESS)
         }
         Command::Hypervisor(options) => hypervisor::run(&context, &options),
-        Command::Daemon(serve) => daemon::run(&context, &serve),
+        Command::Daemon(options) => daemon::run(&context, &options),
         Command::Backend(Backend::Blk { domid, null_disks, serve }) => {
             let disks = if null_disks { Disks::WithNull } else { Disks::Real };
             backend::blk(&context, domid, disks, &serve)
         }
+        Command::Backend(Backend::Net { domid, serve }) => backend::net(&context, domid, &serve),
         Command::Attach(Attach::Blk { domid, vdev, target, read_only, drive, set, backend }) => {
             let disk = attach::Disk { domid, vdev, target, read_only, drive, set, backend };
             attach::attach(&context, &disk)

@@ -59,6 +59,7 @@ fn order() -> BTreeMap<&'static str, u32> {
         ("ringback-hypervisor", 2),
         ("ringback-blkback", 3),
         ("ringback-netback", 3),
+        ("ringback-netback", 3),
         ("ringback-pvscsi", 3),
         ("ringback-usbback", 3),
         ("ringback", 4),

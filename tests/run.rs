@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const SMALL: &str = "[[disk]]\nsize_mib = 8\nwork_mib = 32\n";
-
 /// A place for the run's temporary folder, in which nothing may be left.
 struct Place {
     dir: tempfile::TempDir,
@@ -151,6 +149,10 @@ fn a_wrong_file_is_refused_by_the_name_of_what_is_wrong() {
         ("[[disk]]\nqueues = 0\n", "queues is 0; it must be 1 to 64"),
         ("[[disk]]\nring_page_order = 9\n", "ring_page_order is 9"),
         ("[[disk]]\ngrants = \"gift\"\n", "gift"),
+        ("[[vif]]\nmac = \"01:0:0:0:0:0\"\n", "vif 0: mac is \"01:0:0:0:0:0\""),
+        ("[[vif]]\nendpoint = \"moon\"\n", "moon"),
+        ("[[vif]]\nmtu = 100\n", "vif 0: mtu is 100; it must be 1280 to 65535"),
+        ("[[vif]]\nping_sizes = [65508]\n", "vif 0: ping_sizes is 65508"),
         ("[[disk]]\nvdev = \"floppy\"\n", "vdev"),
         ("[[disk]]\n[[disk]]\n", "there are two of that name"),
         ("[[disk]]\ntarget = \"floppy:x\"\n", "format \"floppy\""),
@@ -289,23 +291,58 @@ fn public_copy(place: &Place) -> PathBuf {
     path
 }
 
+/// A program for a user without any capability.
+fn unprivileged(program: &Path) -> Command {
+    if !rustix::process::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]);
+    setpriv.arg(program);
+    setpriv
+}
+
 #[test]
 fn it_needs_no_privileges() {
     let place = Place::new();
     let program = public_copy(&place);
-    let file = place.file("guest.toml", SMALL);
-    let mut command = if rustix::process::geteuid().is_root() {
-        let mut setpriv = Command::new("setpriv");
-        setpriv.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]);
-        setpriv.arg(&program);
-        setpriv
-    } else {
-        Command::new(&program)
-    };
-    command.env_clear().env("TMPDIR", place.tmp()).arg("run").arg(file);
+    let mut command = unprivileged(&program);
+    command.env_clear().env("TMPDIR", place.tmp()).args(["run", "--json"]);
     let output = command.output().expect("setpriv");
-    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
-    assert!(stdout(&output).contains(" 0 errors"));
+    let document = document(&output);
+    assert!(output.status.success(), "{document}{}", stderr(&output));
+    assert_eq!(document["errors"], 0);
+    let vif = &document["vifs"][0];
+    assert_eq!((&vif["ping_loss"], &vif["address"]), (&0.into(), &"10.0.2.15".into()), "{vif}");
+    assert_eq!(vif["largest_ping"], 65_507);
+    for way in ["download", "upload"] {
+        assert_eq!(vif[way]["checksum_ok"], true, "{way}: {vif}");
+        assert_eq!(vif[way]["bytes"], 32 << 20, "{way}: {vif}");
+    }
+    place.assert_left_nothing(Duration::ZERO);
+}
+
+#[test]
+fn several_vifs_as_the_file_says() {
+    let place = Place::new();
+    let small = "download_mib = 2\nupload_mib = 1\npings = 2\n";
+    let toml = format!(
+        "[[disk]]\nsize_mib = 4\nwork_mib = 4\n\
+         [[vif]]\nqueues = 1\nmac = \"00:16:3e:1:2:3\"\n{small}\
+         [[vif]]\nqueues = 4\nmtu = 9000\nping_sizes = [1, 8972, 8973]\n{small}"
+    );
+    let output = place.run(&toml, &["--json"]);
+    let document = document(&output);
+    assert!(output.status.success(), "{document}{}", stderr(&output));
+    let vifs = document["vifs"].as_array().expect("vifs");
+    assert_eq!(vifs.len(), 2);
+    for (vif, (queues, pings)) in vifs.iter().zip([(1, 10), (4, 6)]) {
+        assert_eq!((&vif["queues"], &vif["pings"]), (&queues.into(), &pings.into()), "{vif}");
+        assert_eq!((&vif["ping_loss"], &vif["errors"]), (&0.into(), &0.into()), "{vif}");
+        assert_eq!(vif["download"]["checksum_ok"], true, "{vif}");
+        assert_eq!(vif["upload"]["checksum_ok"], true, "{vif}");
+        assert!(vif["gso_frames"].as_u64() > Some(0), "nothing left unsegmented: {vif}");
+    }
     place.assert_left_nothing(Duration::ZERO);
 }
 

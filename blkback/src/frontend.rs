@@ -21,6 +21,7 @@ use blktap::{Disk, DiskQueue, Done, Full, Geometry, Request};
 use crossbeam::channel::{Sender, bounded};
 use hypervisor::store::Client;
 use hypervisor::xenbus::State;
+use hypervisor::xenbus::front::Stage;
 use hypervisor::{Access, EventChannel, GrantedPages, Guest};
 use parking_lot::Mutex;
 use perf::Handle;
@@ -30,10 +31,10 @@ use crate::config::GrantMode;
 use crate::counters::QueueCounters;
 use crate::negotiate::{Accepted, Protocol, QueueKeys};
 use crate::proto::{Native, SEGMENTS_PER_PAGE, X86_32, X86_64};
-use handshake::{Chosen, DiskInfo, KeySet, Node};
+use handshake::{Chosen, DiskInfo, KIND, KeySet, Node};
 use pages::Region;
 use queue::{AnyQueue, Parts, Queue};
-use shared::{Shared, Stage};
+use shared::Shared;
 
 /// What a frontend asks for; it gets no more than the backend offers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,12 +151,12 @@ impl BlkFront {
     /// A device that an earlier life of this guest left connected is connected anew.
     pub fn connect(guest: Arc<dyn Guest>, devid: u32, options: FrontOptions) -> io::Result<Self> {
         let store = guest.store()?;
-        let node = Node::find(&store, devid)?;
+        let node = Node::find(&store, KIND, devid)?;
         if node.own_state(&store)? != State::Initialising {
             node.set_state(&store, State::Initialising)?;
         }
         node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
-        let offered = node.offer(&store).map_err(io::Error::other)?;
+        let offered = handshake::offer(&store, &node).map_err(io::Error::other)?;
         let essential = options.keys == KeySet::Essential;
         let limit = |n: u32, plain: u32| if essential { plain } else { n };
         let queues = limit(offered.max_queues.min(options.max_queues).max(1), 1);
@@ -226,11 +227,11 @@ impl BlkFront {
     }
     /// Why the disk is disabled, if it is.
     pub fn fault(&self) -> Option<String> {
-        self.device.shared.reason()
+        self.device.shared.health.reason()
     }
     /// Whether the backend has asked to close: nothing new is taken (ENODEV).
     pub fn is_closing(&self) -> bool {
-        self.device.shared.stage() != Stage::Connected
+        self.device.shared.health.stage() != Stage::Connected
     }
     /// Memory that requests on all queues use without a copy, rounded up to pages.
     pub fn buffer(&self, len: usize) -> io::Result<GrantedBuffer> {
@@ -265,19 +266,8 @@ fn introduce(
     let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
     match node.wait_backend(store, patience, settled)? {
         State::Connected => DiskInfo::read(store, node),
-        _ => Err(refused(store, node)),
+        _ => Err(node.refused(store)),
     }
-}
-
-fn refused(store: &Client, node: &Node) -> io::Error {
-    // Readable only where the backend's domain allows it; its log says the same.
-    let path = node
-        .back
-        .find("/backend/")
-        .map(|at| format!("{}/error{}/error", &node.back[..at], &node.back[at..]));
-    let why = path.and_then(|path| store.get(&path).ok().flatten());
-    let why = why.unwrap_or_else(|| "see the backend's log".into());
-    io::Error::new(io::ErrorKind::ConnectionRefused, format!("{}: {why}", node.front))
 }
 
 fn queue_of(protocol: Protocol, parts: Parts) -> io::Result<Box<dyn AnyQueue>> {
@@ -338,8 +328,9 @@ impl Device {
         let (stop, stopped) = bounded(0);
         let (store, node, shared) = (self.guest.store()?, self.node.clone(), self.shared.clone());
         let run = move || {
-            if let Err(e) = handshake::watch(&store, &node, &stopped, |news| shared.told(news)) {
-                shared.fail(format!("watching the backend: {e}"));
+            let told = |state| shared.told(&store, &node, state);
+            if let Err(e) = node.watch(&store, &stopped, told) {
+                shared.health.fail(format!("watching the backend: {e}"));
             }
         };
         let thread = std::thread::Builder::new().name("blkfront".into()).spawn(run)?;
@@ -359,7 +350,7 @@ impl Device {
     fn close(&self) -> io::Result<()> {
         *self.ending.lock() = Ending::Done;
         self.end_watch();
-        handshake::close(&self.store, &self.node, self.options.patience)
+        self.node.close(&self.store, self.options.patience)
     }
 }
 
@@ -367,7 +358,7 @@ impl Drop for Device {
     fn drop(&mut self) {
         self.end_watch();
         if *self.ending.lock() == Ending::Polite
-            && let Err(e) = handshake::close(&self.store, &self.node, self.options.patience)
+            && let Err(e) = self.node.close(&self.store, self.options.patience)
         {
             tracing::warn!("{}: closing: {e}", self.node.front);
         }

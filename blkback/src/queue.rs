@@ -27,8 +27,8 @@ use crate::counters::QueueCounters;
 use crate::inflight::{Past, TableMemory};
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
-use blktap::polling::Pollers;
 use memory::Memory;
+use perf::polling::Pollers;
 use slots::Slots;
 use worker::{Run, Worker};
 

@@ -9,7 +9,6 @@ pub mod filters;
 pub mod formats;
 pub mod image;
 pub mod live;
-pub mod polling;
 pub mod storage;
 pub use disk::*;
 pub use engine::doctor;

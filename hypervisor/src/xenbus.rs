@@ -5,6 +5,7 @@
 
 mod control;
 mod device;
+pub mod front;
 pub mod lasting;
 mod log_limit;
 pub mod machine;

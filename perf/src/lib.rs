@@ -26,6 +26,8 @@ mod handle;
 mod histogram;
 #[cfg(feature = "std")]
 pub mod page;
+#[cfg(feature = "std")]
+pub mod polling;
 mod schema;
 #[cfg(feature = "std")]
 pub mod snapshot;

@@ -59,7 +59,7 @@ pub use back::{AttachError, BackRing, Slot, Taken};
 pub use counters::RingCounters;
 pub use front::{FrontRing, Full};
 pub use index::{Notify, Pending};
-pub use inflight::{InFlight, Table};
+pub use inflight::{Forget, InFlight, Table};
 pub use protocol::{Corrupt, Protocol, SizeError, slot_count, slot_size};
 
 /// Xen's page size. The ring ABI is defined in these pages whatever the host's page size is

@@ -11,9 +11,10 @@ use blktap::NullDisk;
 use blktap::image::BackingPolicy;
 use hypervisor::DomId;
 use hypervisor::xenbus::{self, Nodesets, Options, Scope};
+use netback::NetBackend;
 
 use super::{Context, Result};
-use crate::cli::Serve;
+use crate::cli::{Serve, ServeNet};
 use crate::signals;
 
 /// Knobs from `--set`.
@@ -40,6 +41,30 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
     let run_dir = context.run_dir.clone();
     let open = open(disks, BackingPolicy::Allow(serve.allow_backing.clone()));
     let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open);
+    let options = Options {
+        scope: domid.map_or(Scope::All, Scope::Domain),
+        nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },
+        run_dir,
+    };
+    xenbus::serve(&*hypervisor, &backend, &options, &stop)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Knobs of network devices.
+pub fn net_config(knobs: &[String]) -> Result<netback::Config> {
+    let mut config = netback::Config::default();
+    knobs.iter().try_for_each(|list| config.set_all(list))?;
+    Ok(config)
+}
+
+/// Serves network devices until a signal, the end of the guest, or of xenstored.
+pub fn net(context: &Context, domid: Option<DomId>, serve: &ServeNet) -> Result {
+    let stop = signals::stop()?;
+    let hypervisor = context.hypervisor()?;
+    let run_dir = context.run_dir.clone();
+    let config = net_config(&serve.set)?;
+    let open = Arc::new(netback::open);
+    let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },

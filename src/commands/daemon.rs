@@ -1,4 +1,5 @@
-//! `ringback daemon`: one backend process for each guest that has a device of ours.
+//! `ringback daemon`: one backend process for each guest and kind of
+//! device of ours.
 
 use std::collections::BTreeMap;
 use std::process::{Child, Command, ExitCode};
@@ -11,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::{Context, Result, backend};
-use crate::cli::Serve;
+use crate::cli::Daemon;
 use crate::signals;
 
 /// A backend that ends sooner than this has done nothing: the next one waits.
@@ -22,6 +23,39 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(3);
 /// How often ended children and those that are to be started are looked for, if nothing calls.
 const REAP: Duration = Duration::from_millis(200);
+
+/// A kind of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Blk,
+    Net,
+}
+
+const KINDS: [Kind; 2] = [Kind::Blk, Kind::Net];
+
+impl Kind {
+    /// Its name in `ringback backend`.
+    fn command(self) -> &'static str {
+        match self {
+            Kind::Blk => "blk",
+            Kind::Net => "net",
+        }
+    }
+    /// Its folder below `backend/`.
+    fn folder(self) -> &'static str {
+        match self {
+            Kind::Blk => "vbd",
+            Kind::Net => "vif",
+        }
+    }
+    /// The hotplug script of nodes that are ours.
+    fn script(self) -> &'static str {
+        match self {
+            Kind::Blk => blkback::SCRIPT,
+            Kind::Net => netback::SCRIPT,
+        }
+    }
+}
 
 struct Guest {
     child: Option<Child>,
@@ -63,27 +97,30 @@ fn watch(child: &Child, bell: Sender<()>) -> Result<()> {
     Ok(())
 }
 
-struct Daemon<'a> {
+struct Running<'a> {
     store: Client,
     root: String,
     context: &'a Context,
-    serve: &'a Serve,
-    guests: BTreeMap<DomId, Guest>,
+    options: &'a Daemon,
+    guests: BTreeMap<(Kind, DomId), Guest>,
     ended: (Sender<()>, Receiver<()>),
 }
 
 /// Runs until a signal or the end of xenstored.
-pub fn run(context: &Context, serve: &Serve) -> Result {
-    backend::config(serve)?;
+pub fn run(context: &Context, options: &Daemon) -> Result {
+    backend::config(&options.serve)?;
+    backend::net_config(&options.set_net)?;
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let store = hypervisor.store()?;
-    let root = format!("{}/backend/vbd", store.domain_path(hypervisor.domid())?);
-    store.watch(&root, "backend")?;
+    let root = format!("{}/backend", store.domain_path(hypervisor.domid())?);
+    for kind in KINDS {
+        store.watch(&format!("{root}/{}", kind.folder()), kind.folder())?;
+    }
     let ended = bounded(1);
     let bell = ended.1.clone();
-    let mut daemon = Daemon { store, root, context, serve, guests: BTreeMap::new(), ended };
-    tracing::info!("serving block devices at {}", daemon.root);
+    let mut daemon = Running { store, root, context, options, guests: BTreeMap::new(), ended };
+    tracing::info!("serving block and network devices at {}", daemon.root);
     let inbox = daemon.store.inbox().clone();
     let result = loop {
         select! {
@@ -111,14 +148,15 @@ pub fn run(context: &Context, serve: &Serve) -> Result {
     result
 }
 
-impl Daemon<'_> {
+impl Running<'_> {
     /// Forgets backends that have ended; whether there were any.
     fn reap(&mut self) -> Result<bool> {
         let mut ended = false;
-        for (domid, guest) in &mut self.guests {
+        for ((kind, domid), guest) in &mut self.guests {
             let Some(child) = &mut guest.child else { continue };
             if let Some(status) = child.try_wait()? {
-                tracing::info!("the backend of domain {domid} has ended: {status}");
+                let kind = kind.command();
+                tracing::info!("the {kind} backend of domain {domid} has ended: {status}");
                 guest.ended(Instant::now());
                 ended = true;
             }
@@ -134,59 +172,74 @@ impl Daemon<'_> {
     /// Starts a backend for each guest that has a device and none.
     fn look(&mut self) -> Result<()> {
         let mut wanted = Vec::new();
-        for domid in self.store.list(Tx::NONE, &self.root)? {
-            let Ok(domid) = domid.parse::<DomId>() else { continue };
-            if self.has_device(domid)? {
-                wanted.push(domid);
+        for kind in KINDS {
+            for domid in self.store.list(Tx::NONE, &format!("{}/{}", self.root, kind.folder()))? {
+                let Ok(domid) = domid.parse::<DomId>() else { continue };
+                if self.has_device(kind, domid)? {
+                    wanted.push((kind, domid));
+                }
             }
         }
-        self.guests.retain(|domid, guest| guest.child.is_some() || wanted.contains(domid));
-        for domid in wanted {
+        self.guests.retain(|guest, running| running.child.is_some() || wanted.contains(guest));
+        for (kind, domid) in wanted {
             let now = Instant::now();
-            let failures = match self.guests.get(&domid) {
+            let failures = match self.guests.get(&(kind, domid)) {
                 Some(Guest { child: Some(_), .. }) => continue,
                 Some(guest) if now < guest.next => continue,
                 Some(guest) => guest.failures,
                 None => 0,
             };
-            let child = Some(self.spawn(domid)?);
-            self.guests.insert(domid, Guest { child, started: now, next: now, failures });
+            let child = Some(self.spawn(kind, domid)?);
+            let guest = Guest { child, started: now, next: now, failures };
+            self.guests.insert((kind, domid), guest);
         }
         Ok(())
     }
 
-    fn has_device(&self, domid: DomId) -> Result<bool> {
-        for devid in self.store.list(Tx::NONE, &format!("{}/{domid}", self.root))? {
-            let script = self.store.get(&format!("{}/{domid}/{devid}/script", self.root))?;
-            let ours = script.is_some_and(|s| s.rsplit('/').next() == Some(blkback::SCRIPT));
-            if ours || self.serve.any {
+    /// Whether every node of a kind is taken.
+    fn any(&self, kind: Kind) -> bool {
+        self.options.serve.any || (kind == Kind::Net && self.options.any_vif)
+    }
+
+    fn has_device(&self, kind: Kind, domid: DomId) -> Result<bool> {
+        let guest = format!("{}/{}/{domid}", self.root, kind.folder());
+        for devid in self.store.list(Tx::NONE, &guest)? {
+            let script = self.store.get(&format!("{guest}/{devid}/script"))?;
+            let ours = script.is_some_and(|s| s.rsplit('/').next() == Some(kind.script()));
+            if ours || self.any(kind) {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    fn spawn(&self, domid: DomId) -> Result<Child> {
+    fn spawn(&self, kind: Kind, domid: DomId) -> Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--run-dir").arg(&self.context.run_dir);
         if let Some(socket) = &self.context.socket {
             command.arg("--hypervisor").arg(socket);
         }
-        command.args(["backend", "blk", "--domid", &domid.to_string()]);
-        if self.serve.any {
+        command.args(["backend", kind.command(), "--domid", &domid.to_string()]);
+        if self.any(kind) {
             command.arg("--any");
         }
-        for knob in &self.serve.set {
+        let knobs = match kind {
+            Kind::Blk => &self.options.serve.set,
+            Kind::Net => &self.options.set_net,
+        };
+        for knob in knobs {
             command.arg("--set").arg(knob);
         }
-        for folder in &self.serve.allow_backing {
-            command.arg("--allow-backing").arg(folder);
+        if kind == Kind::Blk {
+            for folder in &self.options.serve.allow_backing {
+                command.arg("--allow-backing").arg(folder);
+            }
         }
         let child = command.spawn()?;
         if let Err(e) = watch(&child, self.ended.0.clone()) {
             tracing::debug!("process {} is looked after now and then: {e}", child.id());
         }
-        tracing::info!("process {} serves domain {domid}", child.id());
+        tracing::info!("{}: process {} serves domain {domid}", kind.command(), child.id());
         Ok(child)
     }
 

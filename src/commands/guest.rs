@@ -3,6 +3,7 @@
 //! JSON document a line.
 
 mod nbd;
+mod net;
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +20,8 @@ use hypervisor::embedded::{Frontend, Link};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::Result;
-use super::run::plan::{DiskPlan, DiskReport, Grants, GuestPlan, Line, Work};
+use super::run::plan::{DiskPlan, DiskReport, Grants, GuestPlan, GuestReport, Line, Work};
+use super::run::vif::VifReport;
 use super::run::workload::{Part, Worker};
 
 /// How often progress is told.
@@ -35,18 +37,26 @@ pub fn run(plan: &str) -> Result {
         return nbd::serve(&guest, &plan.disks, socket);
     }
     let progress = Arc::new(AtomicU64::new(0));
-    let disks = std::thread::scope(|scope| {
-        let (guest, progress) = (&guest, &progress);
+    let report = std::thread::scope(|scope| {
+        let (guest, progress) = (&guest, &*progress);
         let disk = |disk| scope.spawn(move || run_disk(guest.clone(), disk, progress));
-        let threads: Vec<_> = plan.disks.iter().map(disk).collect();
-        while !threads.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+        let vif = |vif| scope.spawn(move || net::run(&**guest, vif, progress));
+        let disks: Vec<_> = plan.disks.iter().map(disk).collect();
+        let vifs: Vec<_> = plan.vifs.iter().map(vif).collect();
+        while !disks.iter().all(std::thread::ScopedJoinHandle::is_finished)
+            || !vifs.iter().all(std::thread::ScopedJoinHandle::is_finished)
+        {
             say(&Line::Progress(progress.load(Ordering::Relaxed)))?;
             std::thread::sleep(TICK);
         }
-        let ended = threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(panicked())));
-        ended.collect::<io::Result<Vec<DiskReport>>>()
+        let disks = disks.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(panicked())));
+        let vifs = vifs.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(panicked())));
+        io::Result::Ok(GuestReport {
+            disks: disks.collect::<io::Result<Vec<DiskReport>>>()?,
+            vifs: vifs.collect::<io::Result<Vec<VifReport>>>()?,
+        })
     })?;
-    say(&Line::Report(disks))?;
+    say(&Line::Report(report))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -11,19 +11,26 @@ use super::{Context, Result, control};
 /// How long a device may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The control socket of `DOMID/VDEV`, or the path that was given.
+/// The name of a device's files: of a disk `xvda` or a vif `vif0`.
+fn stem(device: &str) -> Option<String> {
+    match device.strip_prefix("vif").map(str::parse::<u32>) {
+        Some(Ok(devid)) => Some(format!("vif-{devid}")),
+        _ => blkback::proto::vdev::Vdev::parse(device).map(|vdev| format!("vbd-{}", vdev.0)),
+    }
+}
+
+/// The control socket of `DOMID/VDEV` or `DOMID/vifN`, or the path that was given.
 fn socket(context: &Context, device: &str) -> Result<PathBuf> {
-    if let Some((domid, vdev)) = device.split_once('/')
-        && let (Ok(domid), Some(devid)) =
-            (domid.parse::<u16>(), blkback::proto::vdev::Vdev::parse(vdev).map(|v| v.0))
+    if let Some((domid, device)) = device.split_once('/')
+        && let (Ok(domid), Some(stem)) = (domid.parse::<u16>(), stem(device))
     {
-        return Ok(context.run_dir.join(domid.to_string()).join(format!("vbd-{devid}.sock")));
+        return Ok(context.run_dir.join(domid.to_string()).join(format!("{stem}.sock")));
     }
     let path = PathBuf::from(device);
     if path.exists() {
         Ok(path)
     } else {
-        Err(format!("{device}: no such device; name it as DOMID/VDEV").into())
+        Err(format!("{device}: no such device; name it as DOMID/VDEV or DOMID/vifN").into())
     }
 }
 

@@ -7,6 +7,7 @@ mod processes;
 mod report;
 mod settings;
 pub mod stamp;
+pub mod vif;
 pub mod workload;
 
 use std::io::{IsTerminal, Write};
@@ -22,7 +23,7 @@ use super::hypervisor::Folder;
 use crate::cli::Run;
 use crate::signals;
 use image::Image;
-use plan::{DiskReport, GuestPlan, Line};
+use plan::{GuestPlan, GuestReport, Line};
 use processes::{Processes, Said};
 use report::{Checked, Outcome};
 use settings::{DiskSettings, Settings};
@@ -50,11 +51,12 @@ pub fn run(options: &Run) -> Result {
     let disks = settings.disks.iter().zip(&images);
     let disks = disks.map(|(d, image)| d.plan(image, seed, &settings.guest.cpus));
     let nbd = options.nbd.as_deref().map(std::path::absolute).transpose()?;
-    let plan = GuestPlan { disks: disks.collect(), nbd };
+    let vifs = (0..).zip(&settings.vifs).map(|(number, vif)| vif.plan(number, seed));
+    let plan = GuestPlan { disks: disks.collect(), vifs: vifs.collect(), nbd };
     let scene = Scene { settings, images, plan };
     let start = Instant::now();
     let mut processes = Processes::start(&folder.0, stop)?;
-    let reports = perform(&mut processes, &scene, options)?;
+    let report = perform(&mut processes, &scene, options)?;
     processes.end_guest()?;
     if scene.plan.nbd.is_some() {
         // What the clients wrote, they know.
@@ -62,12 +64,12 @@ pub fn run(options: &Run) -> Result {
         return Ok(ExitCode::SUCCESS);
     }
     let mut checked = Checked::default();
-    for ((image, plan), report) in scene.images.iter().zip(&scene.plan.disks).zip(&reports) {
+    for ((image, plan), report) in scene.images.iter().zip(&scene.plan.disks).zip(&report.disks) {
         checked.add(image.compare(plan, report)?);
     }
     processes.end_hypervisor()?;
     drop(folder);
-    let outcome = Outcome { seed, seconds: start.elapsed().as_secs_f64(), reports, checked };
+    let outcome = Outcome { seed, seconds: start.elapsed().as_secs_f64(), report, checked };
     outcome.print(options.json);
     Ok(if outcome.errors() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -77,25 +79,31 @@ fn random_seed() -> u64 {
     stamp::mix(now.as_nanos() as u64 ^ u64::from(std::process::id()))
 }
 
-/// Starts backend and guest, and waits for the guest's report.
-fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Vec<DiskReport>> {
+/// Starts backends and guest, and waits for the guest's report.
+fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<GuestReport> {
     let guest = &scene.settings.guest;
     let (domid, identity) = processes.create_domain(&guest.name)?;
-    processes.start_backend(domid, scene.images.iter().filter_map(Image::backing_folder))?;
+    processes.start_blk(domid, scene.images.iter().filter_map(Image::backing_folder))?;
+    if !scene.settings.vifs.is_empty() {
+        processes.start_net(domid)?;
+    }
     let store = processes.store()?;
     for ((settings, image), plan) in
         scene.settings.disks.iter().zip(&scene.images).zip(&scene.plan.disks)
     {
         attach(&store, domid, plan.devid, settings, image, &guest.backend_cpus)?;
     }
+    for (number, vif) in (0..).zip(&scene.settings.vifs) {
+        vif.attach(&store, domid, number)?;
+    }
     processes.start_guest(identity, &serde_json::to_string(&scene.plan)?)?;
-    let total = scene.plan.disks.iter().map(plan::DiskPlan::total).sum::<u64>();
+    let total = scene.plan.total();
     let shows = !options.json && (options.progress || std::io::stderr().is_terminal());
-    let reports = loop {
+    let report = loop {
         match processes.next_line()? {
             Said::Line(Line::Progress(moved)) if shows => show(moved, total)?,
             Said::Line(Line::Progress(_)) => {}
-            Said::Line(Line::Report(reports)) => break reports,
+            Said::Line(Line::Report(report)) => break report,
             Said::Line(Line::Serving) => {
                 for uri in uris(&scene.plan) {
                     println!("{uri}");
@@ -108,8 +116,8 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Ve
     if shows {
         eprint!("\r\x1b[K");
     }
-    // The guest has closed its devices and ends; its nodes go with it, and its backend too.
-    Ok(reports)
+    // The guest has closed its devices and ends; its nodes go with it, and its backends too.
+    Ok(report)
 }
 
 /// Where the disks of a guest that serves them are.

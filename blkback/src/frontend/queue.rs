@@ -16,11 +16,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::pages::{Chain, Pages, Region};
-use super::shared::{Shared, Stage};
+use super::shared::Shared;
 use crate::counters::QueueCounters;
 use crate::negotiate::Protocol;
 use crate::proto::{self, Abi, Native, Ring, Segment, WireSegment, X86_32, X86_64};
-use blktap::polling::Poller;
+use hypervisor::xenbus::front::Stage;
+use perf::polling::Poller;
 
 /// Most descriptors beside the queue's own in one `wait`.
 const MAX_FDS: usize = 64;
@@ -201,7 +202,7 @@ impl<A: Abi> Queue<A> {
     /// Sleeps until something happens: a bit for each of `fds`.
     fn sleep(&mut self, fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<u64> {
         // What is disabled stays readable, and would let nobody sleep any more.
-        let own = if self.shared.stage() == Stage::Broken { 0 } else { 2 };
+        let own = if self.shared.health.stage() == Stage::Broken { 0 } else { 2 };
         let limit = timeout.and_then(|t| Timespec::try_from(t).ok());
         self.counters.sleeps.add(1);
         let before = Instant::now();
@@ -220,7 +221,7 @@ impl<A: Abi> Queue<A> {
             match self.channel.acknowledge() {
                 Ok(true) => self.ring.woken(),
                 Ok(false) => {}
-                Err(e) => self.shared.fail(format!("{}: event channel: {e}", self.name)),
+                Err(e) => self.shared.health.fail(format!("{}: event channel: {e}", self.name)),
             }
         }
         Ok((bits >> own) as u64)
@@ -237,7 +238,7 @@ impl<A: Abi> Queue<A> {
         let event = self.channel.as_fd();
         let all = |i: usize| match i {
             0 if own > 0 => event,
-            1 if own > 0 => self.shared.wake(),
+            1 if own > 0 => self.shared.health.wake(),
             _ => fds.get(i - own).copied().unwrap_or(event),
         };
         let mut polls: [PollFd<'_>; N] =
@@ -310,7 +311,7 @@ impl<A: Abi> DiskQueue for Queue<A> {
                 }
             }
         }
-        let broken = self.shared.stage() == Stage::Broken;
+        let broken = self.shared.health.stage() == Stage::Broken;
         if broken {
             self.reap();
         }
@@ -336,14 +337,14 @@ impl<A: Abi> AnyQueue for Queue<A> {
         self.depth = (depth.max(1) as usize).min(self.jobs.len());
     }
     fn drain(&mut self) -> bool {
-        while self.in_use > 0 && self.shared.stage() != Stage::Broken {
+        while self.in_use > 0 && self.shared.health.stage() != Stage::Broken {
             if self.wait(&[], Some(Duration::from_millis(100))).is_err() {
                 return false;
             }
             self.reap();
         }
         self.done.clear();
-        self.shared.stage() == Stage::Connected
+        self.shared.health.stage() == Stage::Connected
     }
 }
 

@@ -124,7 +124,7 @@ impl Scene {
     fn is_disabled(&mut self, open: &[u64], why: &str) {
         let errno = Errno::IO.raw_os_error();
         assert_eq!(self.done(), open.iter().map(|t| (*t, errno)).collect::<Vec<_>>());
-        let reason = self.shared.reason().unwrap();
+        let reason = self.shared.health.reason().unwrap();
         assert!(reason.contains(why), "{reason}");
         self.submit_after(99);
         assert_eq!(self.done(), [(99, errno)]);
@@ -151,7 +151,7 @@ fn an_honest_answer_is_taken() {
     assert_eq!(scene.done(), [(1, 0)]);
     scene.answer(1, |rsp| rsp.status = RSP_ERROR);
     assert_eq!(scene.done(), [(2, Errno::IO.raw_os_error())]);
-    assert_eq!(scene.shared.reason(), None);
+    assert_eq!(scene.shared.health.reason(), None);
     assert_eq!(scene.queue.pages.free(), 63);
 }
 

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blktap::filters::stall::Stall;
-use blktap::polling::Pollers;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
 use hypervisor::{Direction, EventChannel};
 use perf::Handle;
+use perf::polling::Pollers;
 use rings::{Notify, Pending};
 
 use super::memory::{Memory, TABLE_PAGES};

@@ -12,7 +12,7 @@ use hypervisor::embedded::Frontend;
 
 use super::super::Result;
 use super::super::export::stop_descriptor;
-use super::super::run::plan::{DiskPlan, Line};
+use super::super::run::plan::{DiskPlan, GuestReport, Line};
 use crate::signals;
 
 /// Serves all disks at `socket` until a signal, and closes them.
@@ -39,6 +39,6 @@ pub fn serve(guest: &Arc<Frontend>, plans: &[DiskPlan], socket: &Path) -> Result
     for front in fronts.into_iter().filter_map(Arc::into_inner) {
         BlkFront::close(front)?;
     }
-    super::say(&Line::Report(Vec::new()))?;
+    super::say(&Line::Report(GuestReport::default()))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::vif::{VifPlan, VifReport};
+
 /// Bytes of the unit that is stamped.
 pub const CELL: usize = 4096;
 /// The generation of a cell that was not written.
@@ -68,8 +70,17 @@ impl DiskPlan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestPlan {
     pub disks: Vec<DiskPlan>,
+    pub vifs: Vec<VifPlan>,
     /// Serve them at this socket instead of working on them.
     pub nbd: Option<PathBuf>,
+}
+
+impl GuestPlan {
+    /// Bytes that will be moved, for showing progress.
+    pub fn total(&self) -> u64 {
+        let disks = self.disks.iter().map(DiskPlan::total).sum::<u64>();
+        disks + self.vifs.iter().map(VifPlan::total).sum::<u64>()
+    }
 }
 
 /// What one queue has done.
@@ -131,6 +142,13 @@ impl DiskReport {
     }
 }
 
+/// What has become of all devices.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GuestReport {
+    pub disks: Vec<DiskReport>,
+    pub vifs: Vec<VifReport>,
+}
+
 /// A line of a guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Line {
@@ -139,5 +157,5 @@ pub enum Line {
     /// The disks are served by NBD.
     Serving,
     /// The end.
-    Report(Vec<DiskReport>),
+    Report(GuestReport),
 }

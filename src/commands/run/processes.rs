@@ -2,6 +2,7 @@
 //! with this process and with the hypervisor, the hypervisor with this process, and this process
 //! ends all when one of them ends too early.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ pub enum Said {
 pub struct Processes {
     run_dir: PathBuf,
     hypervisor: Option<Child>,
-    backend: Option<Child>,
+    backends: Vec<(&'static str, Child)>,
     guest: Option<Child>,
     /// The hypervisor ends when this is closed.
     hold: Option<OwnedFd>,
@@ -67,7 +68,7 @@ impl Processes {
         let mut processes = Processes {
             run_dir,
             hypervisor: Some(hypervisor),
-            backend: None,
+            backends: Vec::new(),
             guest: None,
             hold: Some(hold),
             toolstack: None,
@@ -104,11 +105,21 @@ impl Processes {
         let domid = toolstack.create_domain(None, Kind::Guest, name)?;
         Ok((domid, toolstack.connect_domain(domid)?))
     }
-    /// Starts the backend of a domain, which may open backing files in these folders.
-    pub fn start_backend(
+    /// Starts the backend of a domain's disks, which may open backing files in these folders.
+    pub fn start_blk(&mut self, domid: u16, folders: impl Iterator<Item = PathBuf>) -> Result<()> {
+        let folders = folders.flat_map(|f| ["--allow-backing".into(), f.into_os_string()]);
+        self.start_backend("block backend", "blk", domid, folders)
+    }
+    /// Starts the backend of a domain's vifs.
+    pub fn start_net(&mut self, domid: u16) -> Result<()> {
+        self.start_backend("network backend", "net", domid, std::iter::empty())
+    }
+    fn start_backend(
         &mut self,
+        name: &'static str,
+        kind: &str,
         domid: u16,
-        folders: impl Iterator<Item = PathBuf>,
+        more: impl Iterator<Item = OsString>,
     ) -> Result<()> {
         let me = std::process::id().to_string();
         let backend = this_program()?
@@ -116,10 +127,10 @@ impl Processes {
             .arg(&self.run_dir)
             .arg("--hypervisor")
             .arg(self.socket())
-            .args(["--end-with", &me, "backend", "blk", "--domid", &domid.to_string()])
-            .args(folders.flat_map(|f| ["--allow-backing".into(), f.into_os_string()]))
+            .args(["--end-with", &me, "backend", kind, "--domid", &domid.to_string()])
+            .args(more)
             .spawn()?;
-        self.backend = Some(backend);
+        self.backends.push((name, backend));
         Ok(())
     }
     /// Starts the guest's process, which becomes the domain.
@@ -172,8 +183,8 @@ impl Processes {
                 // After a report all may end.
                 let end = Instant::now() + GRACE;
                 while let Ok(line) = lines.recv_deadline(end) {
-                    if let Ok(Line::Report(reports)) = line {
-                        return Ok(Said::Line(Line::Report(reports)));
+                    if let Ok(Line::Report(report)) = line {
+                        return Ok(Said::Line(Line::Report(report)));
                     }
                 }
                 return Err(self.who_ended()?.into());
@@ -186,14 +197,11 @@ impl Processes {
     fn who_ended(&mut self) -> Result<String> {
         let end = Instant::now() + GRACE;
         loop {
-            for (name, child) in [
-                ("hypervisor", &mut self.hypervisor),
-                ("guest", &mut self.guest),
-                ("backend", &mut self.backend),
-            ] {
-                if let Some(child) = child
-                    && let Some(status) = child.try_wait()?
-                {
+            let first = [("hypervisor", &mut self.hypervisor), ("guest", &mut self.guest)];
+            let first = first.into_iter().filter_map(|(name, child)| Some((name, child.as_mut()?)));
+            let backends = self.backends.iter_mut().map(|(name, child)| (*name, child));
+            for (name, child) in first.chain(backends) {
+                if let Some(status) = child.try_wait()? {
                     return Ok(format!("the {name} has ended too early ({status})"));
                 }
             }
@@ -204,24 +212,23 @@ impl Processes {
         }
     }
 
-    /// Fails if the hypervisor or the backend has ended.
+    /// Fails if the hypervisor or a backend has ended.
     fn look(&mut self) -> Result<()> {
-        let children = [("hypervisor", &mut self.hypervisor), ("backend", &mut self.backend)];
-        for (name, child) in children {
-            if let Some(child) = child
-                && let Some(status) = child.try_wait()?
-            {
+        let hypervisor = self.hypervisor.iter_mut().map(|child| ("hypervisor", child));
+        let backends = self.backends.iter_mut().map(|(name, child)| (*name, child));
+        for (name, child) in hypervisor.chain(backends) {
+            if let Some(status) = child.try_wait()? {
                 return Err(format!("the {name} has ended too early ({status})").into());
             }
         }
         Ok(())
     }
 
-    /// Waits for the guest's end and the backend's, which ends with it. Fails where one does not
+    /// Waits for the guest's end and the backends', which end with it. Fails where one does not
     /// end well.
     pub fn end_guest(&mut self) -> Result<()> {
         wait("guest", self.guest.take())?;
-        wait("backend", self.backend.take())
+        self.backends.drain(..).try_for_each(|(name, child)| wait(name, Some(child)))
     }
 
     /// Ends the hypervisor, which removes the folder.
@@ -250,7 +257,8 @@ fn wait(name: &str, child: Option<Child>) -> Result<()> {
 
 impl Drop for Processes {
     fn drop(&mut self) {
-        for child in [&mut self.guest, &mut self.backend].into_iter().flatten() {
+        let backends = self.backends.iter_mut().map(|(_, child)| child);
+        for child in self.guest.iter_mut().chain(backends) {
             // It may have ended by itself.
             let _ = child.kill();
             let _ = child.wait();

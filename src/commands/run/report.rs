@@ -2,7 +2,8 @@
 
 use serde_json::json;
 
-use super::plan::{COMPLAINTS, DiskReport};
+use super::plan::{COMPLAINTS, DiskReport, GuestReport};
+use super::vif::VifReport;
 
 /// What the host has found in the images.
 #[derive(Debug, Default)]
@@ -37,27 +38,35 @@ impl Checked {
 pub struct Outcome {
     pub seed: u64,
     pub seconds: f64,
-    pub reports: Vec<DiskReport>,
+    pub report: GuestReport,
     pub checked: Checked,
 }
 
 impl Outcome {
     /// How much is wrong.
     pub fn errors(&self) -> u64 {
-        let disks = self.reports.iter().map(|r| r.errors + u64::from(r.fault.is_some()));
-        disks.sum::<u64>() + self.checked.errors
+        let disks = self.report.disks.iter().map(|r| r.errors + u64::from(r.fault.is_some()));
+        let vifs = self.report.vifs.iter().map(|r| r.errors + u64::from(r.fault.is_some()));
+        disks.chain(vifs).sum::<u64>() + self.checked.errors
     }
     fn verified_mib(&self) -> u64 {
-        (self.reports.iter().map(|r| r.verified).sum::<u64>() + self.checked.bytes) >> 20
+        let disks = self.report.disks.iter().map(|r| r.verified);
+        let vifs = self.report.vifs.iter().map(VifReport::verified);
+        (disks.chain(vifs).sum::<u64>() + self.checked.bytes) >> 20
     }
     fn requests(&self) -> u64 {
-        self.reports.iter().map(|r| r.requests).sum()
+        let disks = self.report.disks.iter().map(|r| r.requests);
+        disks.chain(self.report.vifs.iter().map(VifReport::requests)).sum()
     }
     fn complaints(&self) -> Vec<String> {
         let mut all = Vec::new();
-        for report in &self.reports {
+        for report in &self.report.disks {
             let faults = report.fault.iter().chain(&report.complaints);
             all.extend(faults.map(|text| format!("{}: {text}", report.vdev)));
+        }
+        for report in &self.report.vifs {
+            let faults = report.fault.iter().chain(&report.complaints);
+            all.extend(faults.map(|text| format!("{}: {text}", report.name())));
         }
         all.extend(self.checked.complaints.iter().cloned());
         all
@@ -71,7 +80,7 @@ impl Outcome {
         for text in self.complaints() {
             eprintln!("ringback: {text}");
         }
-        for r in &self.reports {
+        for r in &self.report.disks {
             let grants = if r.persistent { "persistent grants" } else { "grant copy" };
             println!(
                 "{}: {} queue(s) of {} page(s), {grants}, {} requests, {} flushes, {} discards, \
@@ -84,6 +93,9 @@ impl Outcome {
                 r.discards,
                 r.verified >> 20
             );
+        }
+        for vif in &self.report.vifs {
+            println!("{}", vif.line());
         }
         println!(
             "image: {} MiB compared on the host; {:.1} s, seed {}",
@@ -116,7 +128,8 @@ impl Outcome {
             "compared_bytes": self.checked.bytes,
             "seconds": self.seconds,
             "seed": self.seed,
-            "disks": self.reports.iter().map(disk).collect::<Vec<_>>(),
+            "disks": self.report.disks.iter().map(disk).collect::<Vec<_>>(),
+            "vifs": self.report.vifs.iter().map(VifReport::document).collect::<Vec<_>>(),
         })
     }
 }

@@ -6,15 +6,18 @@ use serde::Deserialize;
 use super::super::Result;
 use super::image::Image;
 use super::plan::{CELL, DiskPlan, Grants, Task};
+use super::vif::VifSettings;
 use crate::cli::Run;
 
-/// A guest and its disks.
+/// A guest, its disks and its vifs. Without a file it has one of each.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     pub guest: GuestSettings,
     #[serde(rename = "disk")]
     pub disks: Vec<DiskSettings>,
+    #[serde(rename = "vif")]
+    pub vifs: Vec<VifSettings>,
 }
 
 /// `[guest]`
@@ -75,7 +78,7 @@ impl Settings {
     /// Reads the file that was named, or the defaults, with `--disk` over them.
     pub fn read(options: &Run) -> Result<Settings> {
         let mut settings: Settings = match &options.file {
-            None => Settings::default(),
+            None => Settings { vifs: vec![VifSettings::default()], ..Settings::default() },
             Some(path) => {
                 let told = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
                 let text = std::fs::read_to_string(path).map_err(|e| told(&e))?;
@@ -94,6 +97,13 @@ impl Settings {
             if settings.disks[..number].iter().any(same) {
                 return Err(format!("disk {}: there are two of that name", disk.vdev).into());
             }
+        }
+        if options.nbd.is_some() {
+            // The disks are served; nothing is done with the vifs.
+            settings.vifs.clear();
+        }
+        for (number, vif) in settings.vifs.iter().enumerate() {
+            vif.check().map_err(|e| format!("vif {number}: {e}"))?;
         }
         Ok(settings)
     }

@@ -5,10 +5,14 @@ backend_install() {
   case $BACKEND in
     kernel)
       cp /lab/block-kernel /etc/xen/scripts/block-ringback
+      # The stock scripts serve the kernel's vifs.
+      ln -sf vif-bridge /etc/xen/scripts/vif-ringback
       modprobe xen-blkback
+      modprobe xen-netback
       ;;
     ringback)
-      cp /lab/block-ringback /etc/xen/scripts/block-ringback
+      cp /lab/block-ringback /lab/vif-ringback /etc/xen/scripts/
+      chmod 755 /etc/xen/scripts/vif-ringback
       ln -sf /lab/bin/ringback /usr/sbin/ringback
       ringback version || { echo "LAB FAIL ringback does not run"; return 1; }
       ;;
@@ -23,7 +27,7 @@ backend_start() {
   echo $! > $CTL/daemon.pid
   # ready when it says so; what it holds then is what the leak checks compare with
   i=0
-  until tail -n 1 $CTL/daemon.log | grep -q 'serving block devices'; do
+  until tail -n 1 $CTL/daemon.log | grep -q 'serving block and network devices'; do
     i=$((i + 1))
     [ $i -le 200 ] && kill -0 "$(cat $CTL/daemon.pid)" 2> /dev/null || return 1
     usleep 50000
@@ -47,12 +51,12 @@ backend_restart() { # [ARGUMENT...]: also after a scenario that failed
   killall -9 ringback 2> /dev/null
   backend_start "$@"
 }
-# backend_pids [DOMID]: the backend processes, or those that serve a guest
+# backend_pids [DOMID [blk|net]]: the backend processes of a kind, or those that serve a guest
 backend_pids() {
   for p in $(pidof ringback); do
     c=$(tr '\0' ' ' < "/proc/$p/cmdline" 2> /dev/null)
     case "$c" in
-      *" backend blk "*"--domid ${1:+$1 }"*) echo "$p" ;;
+      *" backend ${2:-blk} "*"--domid ${1:+$1 }"*) echo "$p" ;;
     esac
   done
 }

@@ -174,7 +174,7 @@ attached() { grep -c ': attached with ' $CTL/daemon.log; }
 # backend_kill: kill -9 of the guest's backend process
 backend_kill() {
   attached > $CTL/attached
-  must kill -9 "$(sed -n "s/.*process \([0-9]*\) serves domain $KILLED\$/\1/p" $CTL/daemon.log | tail -n 1)"
+  must kill -9 "$(sed -n "s/.*blk: process \([0-9]*\) serves domain $KILLED\$/\1/p" $CTL/daemon.log | tail -n 1)"
 }
 # backend_serves: another process serves the guest's disk
 backend_serves() { [ "$(attached)" -gt "$(cat $CTL/attached)" ]; }

@@ -6,7 +6,7 @@ ports() { lsevtchn 0 2> /dev/null | sed 's/VCPU *[0-9]*: *//' | sort; }
 # All store paths; the empty folders that libxl keeps once it has made any guest are no leak
 store_paths() {
   xenstore-ls -f / 2> /dev/null | sed 's/ = .*//' \
-    | grep -vxE '/libxl|/vm|/local/domain/0/(backend|backend/vbd|backend/console|device-model)' | sort
+    | grep -vxE '/libxl|/vm|/local/domain/0/(backend|backend/vbd|backend/vif|backend/console|device-model)' | sort
 }
 # Xen's log so far goes to a file, so that what comes next is known to be new
 xen_log() { xl dmesg -c | tr -d '\r' >> $CTL/xen.log; }
@@ -33,6 +33,9 @@ processes() {
   done | sort
 }
 
+# The host's network devices: a vif's goes with its vif
+network_devices() { ls /sys/class/net; }
+
 # leaks_before: what leaks_after compares with. Called with no guest, or with one that goes on (then the comparison is of
 # what one of its disks left behind).
 leaks_before() {
@@ -41,6 +44,7 @@ leaks_before() {
   ports > $CTL/ports.before
   store_paths > $CTL/store.before
   processes > $CTL/processes.before
+  network_devices > $CTL/devices.before
 }
 # A scenario that restarted the daemon says so: the new process is the one to compare with
 leaks_daemon_restarted() { processes > $CTL/processes.before; }
@@ -61,6 +65,8 @@ leaks_look() {
   new_lines port ports
   store_paths > $CTL/store.after
   new_lines "store node" store
+  network_devices > $CTL/devices.after
+  new_lines "network device" devices
   processes > $CTL/processes.after
   # a new process, or more of anything in an old one
   awk 'FILENAME == ARGV[1] { seen[$1] = 1; t[$1] = $2; f[$1] = $3; g[$1] = $4; next }

@@ -60,12 +60,19 @@ sha() { sha256sum "$1" | cut -d' ' -f1; }
 # --- guests
 
 # guest_start NAME: boots a guest and waits until it takes commands. Variables:
-#   TYPE=pv|pvh  VCPUS=1  MEM=448  TOOLS=base|fio  CMDLINE=...  DISK1.. DISK4 (lines as printed by `disk`)
+#   TYPE=pv|pvh  VCPUS=1  MEM=448  TOOLS=base|fio|net  CMDLINE=...  DISK1.. DISK4 (lines as printed by `disk`)  VIF1, VIF2
 # blkfront allocates all the pages that its rings can name beforehand: with 16-page rings and 32 segments 64 MiB a queue, and
 # with 256 segments 512 MiB, or it is out of memory.
 guest_config() {
   ramdisk=domu.cpio; mem=${MEM:-448}
-  if [ "${TOOLS:-base}" = fio ]; then ramdisk=domu-fio.cpio; mem=${MEM:-640}; fi
+  case ${TOOLS:-base} in
+    fio) ramdisk=domu-fio.cpio; mem=${MEM:-640} ;;
+    net) ramdisk=domu-net.cpio ;;
+  esac
+  vifs=
+  for v in "${VIF1:-}" "${VIF2:-}"; do
+    [ -z "$v" ] || vifs="$vifs \"$v\","
+  done
   disks=
   for d in "${DISK1:-}" "${DISK2:-}" "${DISK3:-}" "${DISK4:-}"; do
     [ -z "$d" ] || disks="$disks \"$d\","
@@ -80,7 +87,7 @@ extra = "console=hvc0 quiet ${CMDLINE:-}"
 memory = $mem
 vcpus = ${VCPUS:-1}
 tsc_mode = "native"
-vif = []
+vif = [ $vifs ]
 disk = [ $disks ]
 on_poweroff = "destroy"
 on_reboot = "${ON_REBOOT:-restart}"
@@ -202,3 +209,4 @@ state_is() { [ "$(node "$1/state")" = "$2" ]; }
 no_node() { xenstore-exists "$1"; [ $? = 1 ]; } # any other status is an error of the tool and not an answer
 
 . /lab/backend.sh
+. /lab/net.sh

@@ -4,9 +4,9 @@ use blktap::{Done, Op};
 use rustix::io::Errno;
 
 use super::super::pages::{Chain, Way};
-use super::super::shared::Stage;
 use super::{Call, Payload, Queue};
 use crate::proto::{self, Abi, RSP_EOPNOTSUPP, RSP_OKAY};
+use hypervisor::xenbus::front::Stage;
 
 fn io_error() -> i32 {
     Errno::IO.raw_os_error()
@@ -16,7 +16,7 @@ impl<A: Abi> Queue<A> {
     /// Takes all answers that are there; whether there was any.
     pub(super) fn reap(&mut self) -> bool {
         let mut any = false;
-        if self.shared.stage() == Stage::Broken {
+        if self.shared.health.stage() == Stage::Broken {
             return self.give_up();
         }
         loop {
@@ -24,13 +24,13 @@ impl<A: Abi> Queue<A> {
                 Ok(Some(raw)) => {
                     any = true;
                     if let Err(why) = self.answered(&A::parse_response(&raw)) {
-                        self.shared.fail(format!("{}: {why}", self.name));
+                        self.shared.health.fail(format!("{}: {why}", self.name));
                         return self.give_up();
                     }
                 }
                 Ok(None) => break,
                 Err(e) => {
-                    self.shared.fail(format!("{}: {e}", self.name));
+                    self.shared.health.fail(format!("{}: {e}", self.name));
                     return self.give_up();
                 }
             }

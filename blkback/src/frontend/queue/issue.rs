@@ -6,17 +6,17 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::super::pages::{Chain, Cursor, Way};
-use super::super::shared::Stage;
 use super::{Call, Payload, Queue};
 use crate::proto::{
     self, Abi, Body, DISCARD_SECURE, DirectOp, Request, SECTOR, Segment, WireSegment,
 };
+use hypervisor::xenbus::front::Stage;
 
 impl<A: Abi> Queue<A> {
     /// What can be said of a request without asking the backend.
     pub(super) fn judge(&self, r: &DiskRequest<'_>) -> Result<Payload, i32> {
         let errno = |e: Errno| Err(e.raw_os_error());
-        match self.shared.stage() {
+        match self.shared.health.stage() {
             Stage::Connected => {}
             Stage::Closing => return errno(Errno::NODEV),
             Stage::Broken => return errno(Errno::IO),

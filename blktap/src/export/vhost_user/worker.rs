@@ -15,7 +15,7 @@ use super::connection::Cause;
 use super::memory::{Memory, Window};
 use super::ring::{Broken, Chain, Notify, Pending, Ring};
 use crate::disk::{DiskQueue, Done, IoBuf, Op, Request};
-use crate::polling::Pollers;
+use perf::polling::Pollers;
 
 /// As in the Xen backend, and for its reasons: requests taken in one go,
 const BATCH: usize = 16;

@@ -1,0 +1,47 @@
+//! The knobs of a network backend.
+
+/// Most queues that can be asked for.
+pub const MAX_QUEUES: u32 = 64;
+
+/// How a network backend serves its devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Most queues offered.
+    pub max_queues: u32,
+    /// Microseconds that a queue polls before it sleeps.
+    pub poll_us: u32,
+    /// Seconds after which frames that wait for a guest's pages are dropped.
+    pub rx_stall_s: u32,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        Config { max_queues: cpus.min(MAX_QUEUES), poll_us: 0, rx_stall_s: 10 }
+    }
+}
+
+impl Config {
+    /// Sets the knob `name`.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let (place, low, high) = match name {
+            "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
+            "poll_us" => (&mut self.poll_us, 0, 1_000_000),
+            "rx_stall_s" => (&mut self.rx_stall_s, 1, 3600),
+            _ => return Err(format!("there is no knob {name}")),
+        };
+        let number = value.parse().ok().filter(|n| (low..=high).contains(n));
+        *place = number.ok_or_else(|| format!("{name}={value}: {low} to {high}"))?;
+        Ok(())
+    }
+
+    /// Sets knobs from a list `NAME=VALUE,...`.
+    pub fn set_all(&mut self, list: &str) -> Result<(), String> {
+        for pair in list.split(',').filter(|pair| !pair.is_empty()) {
+            let (name, value) =
+                pair.split_once('=').ok_or_else(|| format!("{pair}: not NAME=VALUE"))?;
+            self.set(name.trim(), value.trim())?;
+        }
+        Ok(())
+    }
+}

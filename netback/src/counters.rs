@@ -1,0 +1,56 @@
+//! What a vif's queue counts beside its rings. `tx` is from the guest, `rx` to it, as the guest and
+//! the kernel's xen-netback name them.
+
+perf::counters! {
+    /// One queue of a network backend.
+    pub struct QueueCounters {
+        /// Packets from the guest.
+        tx_packets: Counter [packets],
+        /// Their bytes.
+        tx_bytes: Counter [bytes],
+        /// Slots that they took.
+        tx_slots: Counter [slots],
+        /// Those of them that were unsegmented.
+        tx_gso: Counter [packets],
+        /// Those of them with a blank checksum.
+        tx_csum_blank: Counter [packets],
+        /// Packets from the guest that went no further: nonsense in them.
+        tx_dropped_bad: Counter [packets],
+        /// ... a page could not be read.
+        tx_dropped_copy: Counter [packets],
+        /// ... a checksum or segmentation was asked for that cannot be done.
+        tx_dropped_offload: Counter [packets],
+        /// ... what the vif connects to would not have them.
+        tx_dropped_host: Counter [packets],
+        /// Grant copies' calls for packets from the guest.
+        tx_batches: Counter [calls],
+        /// Packets to the guest.
+        rx_packets: Counter [packets],
+        /// Their bytes.
+        rx_bytes: Counter [bytes],
+        /// Slots that they took.
+        rx_slots: Counter [slots],
+        /// Those of them that were unsegmented.
+        rx_gso: Counter [packets],
+        /// Those of them with a blank checksum.
+        rx_csum_blank: Counter [packets],
+        /// Packets to the guest that did not fit: longer than it takes.
+        rx_dropped_size: Counter [packets],
+        /// ... a page could not be written.
+        rx_dropped_copy: Counter [packets],
+        /// ... a checksum or segmentation could not be done.
+        rx_dropped_offload: Counter [packets],
+        /// ... the guest gave no pages for too long.
+        rx_dropped_stalled: Counter [packets],
+        /// Grant copies' calls for packets to the guest.
+        rx_batches: Counter [calls],
+        /// Times the guest gave no pages for too long.
+        rx_stalls: Counter [stalls],
+        /// Times the queue's thread went to sleep.
+        sleeps: Counter [sleeps],
+        /// Polls that found work before the thread would have slept.
+        polls_paid: Counter [polls],
+        /// Processor time of the queue's thread.
+        cpu_ns: Gauge [ns],
+    }
+}

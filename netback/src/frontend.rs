@@ -1,0 +1,392 @@
+//! A network frontend in user space: [`NetFront`] connects to a backend over any [`Guest`]. Its
+//! queues move [`Frame`](crate::Frame)s, as the backend's endpoints do, so that a
+//! [`Host`](crate::stack::host::Host) with a TCP/IP stack runs on one.
+//!
+//! Packets are copied through pages that stay granted as long as the device lives: no grant is made
+//! or ended for a packet.
+
+mod queue;
+mod receive;
+mod transmit;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, bounded};
+use hypervisor::store::Client;
+use hypervisor::xenbus::State;
+use hypervisor::xenbus::front::{Health, Node};
+use hypervisor::{Access, GrantedPages, Guest};
+use parking_lot::Mutex;
+use perf::Handle;
+use rings::{Corrupt, RingCounters};
+
+use crate::endpoint::Accepts;
+use crate::negotiate::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify};
+use crate::stack::Link;
+use queue::Channels;
+pub use queue::FrontQueue;
+use receive::Receive;
+use transmit::Transmit;
+
+/// The kind of a network device in xenstore.
+pub const KIND: &str = "vif";
+/// A packet's length where nobody says another, without its Ethernet header.
+const MTU: u16 = 1500;
+
+/// How many event channels a queue has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// One for each of its rings, where the backend offers it.
+    Offered,
+    /// One for both.
+    Never,
+}
+
+/// What a frontend asks for; it gets no more than the backend offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrontOptions {
+    /// What it takes of packets to it.
+    pub accepts: Accepts,
+    /// Pairs of rings.
+    pub max_queues: u32,
+    /// Pages of each ring, as an order.
+    pub max_ring_page_order: u32,
+    /// Event channels.
+    pub split: Split,
+    /// Which group addresses it gets.
+    pub multicast: Multicast,
+    /// Bytes to leave free before each packet to it, at most 256.
+    pub xdp_headroom: u16,
+    /// Pages of each queue for packets from the guest; no more than its ring has slots are used.
+    pub tx_pages: u32,
+    /// And for packets to it.
+    pub rx_pages: u32,
+    /// How long the backend may take for each step.
+    pub patience: Duration,
+}
+
+impl Default for FrontOptions {
+    fn default() -> Self {
+        FrontOptions {
+            accepts: Accepts {
+                scatter: true,
+                checksum4: true,
+                checksum6: true,
+                tso4: true,
+                tso6: true,
+            },
+            max_queues: 1,
+            max_ring_page_order: 0,
+            split: Split::Offered,
+            multicast: Multicast::Flood,
+            xdp_headroom: 0,
+            tx_pages: 256,
+            rx_pages: 256,
+            patience: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What a queue has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Frames put into the ring, and unsegmented ones among them.
+    pub tx_frames: u64,
+    /// See `tx_frames`.
+    pub tx_gso: u64,
+    /// Slots that the backend says it has dropped (`NETIF_RSP_DROPPED`).
+    pub tx_dropped: u64,
+    /// Slots that it refuses (`NETIF_RSP_ERROR`).
+    pub tx_errors: u64,
+    /// Frames received.
+    pub rx_frames: u64,
+    /// Packets received that were none.
+    pub rx_errors: u64,
+}
+
+/// What a backend must not do: the device is disabled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Fault {
+    /// Its index is impossible.
+    #[error("{0}")]
+    Corrupt(Corrupt),
+    /// It answers a request that is not in the ring.
+    #[error("a response to the request {0}, which is not in the ring")]
+    TxId(u16),
+    /// The same for packets to the guest, whose responses keep to the requests' order.
+    #[error("a response to the page {0}, which is not the next one")]
+    RxId(u16),
+    /// It says that it has written beyond the page.
+    #[error("a response of {len} bytes from {offset} on, which is past the page")]
+    RxSpan { offset: u16, len: i16 },
+    /// There is no memory for a packet, although it was looked for.
+    #[error("no frame for a packet")]
+    NoFrame,
+}
+
+impl From<Corrupt> for Fault {
+    fn from(corrupt: Corrupt) -> Fault {
+        Fault::Corrupt(corrupt)
+    }
+}
+
+/// A network device, seen from the guest. It closes when it and all its queues are dropped.
+pub struct NetFront {
+    device: Arc<Device>,
+    queues: Mutex<Vec<Option<FrontQueue>>>,
+    chosen: Accepted,
+    offer: Offer,
+    mac: Option<[u8; 6]>,
+    mtu: u16,
+}
+
+struct Device {
+    node: Node,
+    store: Client,
+    health: Arc<Health>,
+    patience: Duration,
+    /// Ends the watcher when dropped.
+    stop: Mutex<Option<Sender<()>>>,
+    watcher: Mutex<Option<std::thread::JoinHandle<()>>>,
+    ending: Mutex<Ending>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// By the handshake, when dropped.
+    Polite,
+    /// It has been closed, or is to be left as it is.
+    Done,
+}
+
+/// A queue's parts.
+struct Raw {
+    tx_ring: Arc<dyn GrantedPages>,
+    rx_ring: Arc<dyn GrantedPages>,
+    transmit: Transmit,
+    receive: Receive,
+    channels: Channels,
+}
+
+impl NetFront {
+    /// Connects to the backend of the guest's network device `devid`, which a toolstack has made.
+    /// A device that an earlier life of this guest left connected is connected anew.
+    pub fn connect(guest: &dyn Guest, devid: u32, options: &FrontOptions) -> io::Result<NetFront> {
+        let store = guest.store()?;
+        let node = Node::find(&store, KIND, devid)?;
+        if node.own_state(&store)? != State::Initialising {
+            node.set_state(&store, State::Initialising)?;
+        }
+        node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
+        let offer = Offer::read(|key| node.back_key(&store, key)).map_err(io::Error::other)?;
+        let queues = offer.max_queues.min(options.max_queues).max(1);
+        let raws = (0..queues).map(|_| Raw::make(guest, &node, &offer, options));
+        let raws = raws.collect::<io::Result<Vec<_>>>()?;
+        let chosen = choose(&offer, options, &raws);
+        introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
+            // Done with, so that the next connection begins anew.
+            if let Err(e) = node.set_state(&store, State::Closed) {
+                tracing::debug!("{}: {e}", node.front);
+            }
+        })?;
+        let mac = node.front_key(&store, "mac").or_else(|| node.back_key(&store, "mac"));
+        let mtu = node.front_key(&store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
+        let device = Arc::new(Device {
+            store,
+            health: Arc::new(Health::new()?),
+            patience: options.patience,
+            stop: Mutex::new(None),
+            watcher: Mutex::new(None),
+            ending: Mutex::new(Ending::Polite),
+            node,
+        });
+        device.watch(guest)?;
+        let made = raws.into_iter().enumerate().map(|(number, raw)| {
+            let name = format!("vif-{devid}.{number}");
+            FrontQueue::new(device.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
+        });
+        let queues = Mutex::new(made.collect::<io::Result<Vec<_>>>()?);
+        let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
+        Ok(NetFront { device, queues, chosen, offer, mac, mtu })
+    }
+
+    /// The queue `number`, from 0 on. It is given out once.
+    pub fn queue(&self, number: usize) -> io::Result<FrontQueue> {
+        let queue = self.queues.lock().get_mut(number).and_then(Option::take);
+        queue.ok_or_else(|| {
+            let text =
+                format!("{}: queue {number} is in use, or not there", self.device.node.front);
+            io::Error::new(io::ErrorKind::NotFound, text)
+        })
+    }
+    /// How many queues there are.
+    pub fn queues(&self) -> usize {
+        self.chosen.queues.len()
+    }
+    /// What was agreed on.
+    pub fn chosen(&self) -> &Accepted {
+        &self.chosen
+    }
+    /// The Ethernet address that the toolstack has given it.
+    pub fn mac(&self) -> Option<[u8; 6]> {
+        self.mac
+    }
+    /// What a stack at this end may send.
+    pub fn link(&self) -> Link {
+        Link::new(self.mtu, sends(&self.offer))
+    }
+    /// Whether the backend says that there is a carrier; where it says nothing, there is.
+    pub fn carrier(&self) -> bool {
+        let device = &self.device;
+        device.node.back_key(&device.store, "carrier").is_none_or(|value| value.trim() != "0")
+    }
+    /// Why the device is disabled, if it is.
+    pub fn fault(&self) -> Option<String> {
+        self.device.health.reason()
+    }
+    /// Closes by the handshake and reports what went wrong, which `Drop` could only log. Its queues
+    /// should have been dropped: they move nothing any more.
+    pub fn close(self) -> io::Result<()> {
+        self.queues.lock().clear();
+        self.device.close()
+    }
+    /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
+    pub fn abandon(self) {
+        *self.device.ending.lock() = Ending::Done;
+    }
+}
+
+/// What a backend with this offer takes of packets from the guest.
+fn sends(offer: &Offer) -> Accepts {
+    Accepts {
+        scatter: offer.scatter,
+        checksum4: true,
+        checksum6: offer.checksum6,
+        tso4: offer.tso4,
+        tso6: offer.tso6,
+    }
+}
+
+fn choose(offer: &Offer, options: &FrontOptions, raws: &[Raw]) -> Accepted {
+    let listed = options.multicast == Multicast::Listed && offer.multicast;
+    let keys = |raw: &Raw| QueueKeys {
+        tx_refs: raw.tx_ring.refs().to_vec(),
+        rx_refs: raw.rx_ring.refs().to_vec(),
+        ports: match &raw.channels {
+            Channels::Shared(one) => Ports::Shared(one.port()),
+            Channels::Split { tx, rx } => Ports::Split { tx: tx.port(), rx: rx.port() },
+        },
+    };
+    Accepted {
+        accepts: options.accepts,
+        rx_notify: RxNotify::Yes,
+        multicast: if listed { Multicast::Listed } else { Multicast::Flood },
+        xdp_headroom: if offer.xdp_headroom { options.xdp_headroom } else { 0 },
+        ctrl: None,
+        queues: raws.iter().map(keys).collect(),
+    }
+}
+
+/// Writes the choice and waits for the backend. A network frontend goes straight to state 4.
+fn introduce(store: &Client, node: &Node, chosen: &Accepted, patience: Duration) -> io::Result<()> {
+    node.choose(store, &chosen.front_keys(), Accepted::is_choice, State::Connected)?;
+    let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
+    match node.wait_backend(store, patience, settled)? {
+        State::Connected => Ok(()),
+        _ => Err(node.refused(store)),
+    }
+}
+
+/// Six bytes in hexadecimal, with colons between.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut bytes = text.trim().split(':').map(|part| u8::from_str_radix(part, 16).ok());
+    let mut mac = [0; 6];
+    for byte in &mut mac {
+        *byte = bytes.next()??;
+    }
+    bytes.next().is_none().then_some(mac)
+}
+
+impl Raw {
+    fn make(
+        guest: &dyn Guest,
+        node: &Node,
+        offer: &Offer,
+        options: &FrontOptions,
+    ) -> io::Result<Raw> {
+        let unfit =
+            |e: rings::SizeError| io::Error::new(io::ErrorKind::InvalidInput, e.to_string());
+        let ring_pages = 1usize << offer.max_ring_page_order.min(options.max_ring_page_order);
+        let grant = |pages, access| guest.grant(node.backend, pages, access);
+        let (tx_ring, rx_ring) =
+            (grant(ring_pages, Access::ReadWrite)?, grant(ring_pages, Access::ReadWrite)?);
+        let tx_slots = rings::slot_count::<crate::proto::Tx>(ring_pages);
+        let rx_slots = rings::slot_count::<crate::proto::Rx>(ring_pages);
+        let pages = |wanted: u32, slots: u32| wanted.clamp(1, slots) as usize;
+        let tx_pages = grant(pages(options.tx_pages, tx_slots), Access::ReadOnly)?;
+        let rx_pages = grant(pages(options.rx_pages, rx_slots), Access::ReadWrite)?;
+        let port = || guest.alloc_unbound(node.backend);
+        let channels = if offer.split && options.split == Split::Offered {
+            Channels::Split { tx: port()?, rx: port()? }
+        } else {
+            Channels::Shared(port()?)
+        };
+        let counters = Handle::<RingCounters>::default;
+        let transmit = Transmit::new(tx_ring.clone(), tx_pages, sends(offer), counters());
+        let receive = Receive::new(rx_ring.clone(), rx_pages, counters());
+        Ok(Raw {
+            transmit: transmit.map_err(unfit)?,
+            receive: receive.map_err(unfit)?,
+            tx_ring,
+            rx_ring,
+            channels,
+        })
+    }
+}
+
+impl Device {
+    fn watch(&self, guest: &dyn Guest) -> io::Result<()> {
+        let (stop, stopped) = bounded(0);
+        let (store, node, health) = (guest.store()?, self.node.clone(), self.health.clone());
+        let run = move || {
+            if let Err(e) = node.watch(&store, &stopped, |state| health.told(state)) {
+                health.fail(format!("watching the backend: {e}"));
+            }
+        };
+        let thread = std::thread::Builder::new().name("netfront".into()).spawn(run)?;
+        (*self.stop.lock(), *self.watcher.lock()) = (Some(stop), Some(thread));
+        Ok(())
+    }
+
+    fn end_watch(&self) {
+        *self.stop.lock() = None;
+        if let Some(thread) = self.watcher.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the watcher of a network frontend panicked");
+        }
+    }
+
+    fn close(&self) -> io::Result<()> {
+        *self.ending.lock() = Ending::Done;
+        self.end_watch();
+        self.node.close(&self.store, self.patience)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.end_watch();
+        if *self.ending.lock() == Ending::Polite
+            && let Err(e) = self.node.close(&self.store, self.patience)
+        {
+            tracing::warn!("{}: closing: {e}", self.node.front);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "frontend/tests.rs"]
+mod tests;

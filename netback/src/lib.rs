@@ -1,0 +1,30 @@
+//! The network backend and frontend of the Xen split-driver model.
+//!
+//! A vif's packets pass pure stages: slots of the ring to a packet, a packet to grant copies, copies
+//! to a [`Frame`] and responses; and the same the other way round. What the vif connects to is an
+//! [`Endpoint`]. A queue has a thread of its own and shares no lock with another.
+
+pub mod backend;
+pub mod checksum;
+pub mod config;
+mod control;
+mod counters;
+pub mod endpoint;
+pub mod frame;
+pub mod frontend;
+pub mod negotiate;
+pub mod offload;
+pub mod proto;
+mod queue;
+pub mod rx;
+pub mod segment;
+pub mod stack;
+pub mod tx;
+
+pub use backend::{Host, NetBackend, Open, SCRIPT, open_tap};
+pub use config::Config;
+pub use counters::QueueCounters;
+pub use endpoint::named::open;
+pub use endpoint::{Endpoint, EndpointQueue};
+pub use frame::{Frame, Pool};
+pub use frontend::{FrontOptions, FrontQueue, NetFront};

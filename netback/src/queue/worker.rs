@@ -1,0 +1,245 @@
+//! The loop of one queue: packets from the guest, packets to the guest, one grant copy and at most
+//! one notification each a round, and a sleep when there is neither.
+
+mod receive;
+mod transmit;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hypervisor::xenbus::Fault;
+use hypervisor::{CopyOp, DomId, Grants};
+use perf::Handle;
+use perf::polling::Poller;
+use rings::{Corrupt, Pending};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::{Channels, Held, Ring, Shared};
+use crate::counters::QueueCounters;
+use crate::endpoint::{Accepts, EndpointQueue};
+use crate::frame::{Frame, Pool};
+use crate::negotiate::RxNotify;
+use crate::offload::Leaves;
+use crate::proto::{Rx, RxRequest, Tx};
+use crate::rx::Shape;
+use crate::{rx, tx};
+
+/// Packets of one round, each way.
+const BATCH: usize = 64;
+/// Wake-ups without work after which the next ones are put off (XSA-332).
+const SPURIOUS_STREAK: u32 = 32;
+/// How long they are put off.
+const BACK_OFF: Duration = Duration::from_millis(1);
+/// How often to look for pages where the frontend does not tell of them.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// One queue with all that it needs.
+pub(super) struct Worker {
+    pub name: String,
+    pub domid: DomId,
+    pub grants: Box<dyn Grants>,
+    pub tx: Ring<Tx>,
+    pub rx: Ring<Rx>,
+    pub channels: Channels,
+    pub endpoint: Box<dyn EndpointQueue>,
+    pub pool: Pool,
+    pub shared: Arc<Shared>,
+    pub counters: Handle<QueueCounters>,
+    pub shape: Shape,
+    pub accepts: Accepts,
+    pub leaves_host: Leaves,
+    pub leaves_guest: Leaves,
+    pub rx_notify: RxNotify,
+    pub poller: Poller,
+    pub stall: Duration,
+    pub run: Run,
+}
+
+/// What the loop remembers between rounds.
+#[derive(Default)]
+pub(super) struct Run {
+    /// From the guest: slots taken, packets in them, and the frames that these become.
+    taken: VecDeque<rings::Slot>,
+    packets: tx::Batch,
+    copied: VecDeque<Option<(Frame, std::ops::Range<usize>)>>,
+    /// Frames that the endpoint is still to take.
+    to_host: VecDeque<Frame>,
+    /// To the guest: its free pages, frames for it, and those that are being copied.
+    pages: Held<RxRequest>,
+    answered: VecDeque<rings::Slot>,
+    arrived: VecDeque<Frame>,
+    to_guest: VecDeque<Frame>,
+    laid_out: rx::Batch,
+    ops: Vec<CopyOp>,
+    /// Since when frames have been waiting for pages.
+    blocked: Option<Instant>,
+    /// They waited for too long: frames are dropped until pages come.
+    stalled: bool,
+    spurious: u32,
+    /// Ports with an event that is not acknowledged.
+    rung: [bool; 2],
+    changes: u64,
+}
+
+impl Worker {
+    /// Serves until told to stop or until the frontend breaks the protocol.
+    pub(super) fn run(mut self) -> Result<(), Fault> {
+        while !self.shared.stopping() {
+            if self.round()? {
+                self.run.spurious = 0;
+                self.counters.polls_paid.add(u64::from(self.poller.worked()));
+            } else if !self.poller.spin() {
+                self.sleep()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One round; whether there was anything to do.
+    fn round(&mut self) -> Result<bool, Fault> {
+        let sent = self.transmit()?;
+        let received = self.receive()?;
+        Ok(sent || received)
+    }
+
+    fn corrupt(&self, e: &Corrupt) -> Fault {
+        Fault(format!("{}: {e}", self.name))
+    }
+
+    fn failed(&self, what: &str, e: &io::Error) -> Fault {
+        Fault(format!("{}: {what}: {e}", self.name))
+    }
+
+    /// Makes the copies of one direction.
+    fn copy(&mut self) -> Result<(), Fault> {
+        if self.run.ops.is_empty() {
+            return Ok(());
+        }
+        self.grants
+            .copy(self.domid, self.pool.buffer(), &mut self.run.ops)
+            .map_err(|e| self.failed("grant copy", &e))
+    }
+
+    /// Takes over knobs that were changed meanwhile.
+    fn take_knobs(&mut self) {
+        if let Some(config) = self.shared.changed(&mut self.run.changes) {
+            self.poller = Poller::new(config.poll_us);
+            self.stall = Duration::from_secs(config.rx_stall_s.into());
+        }
+    }
+
+    // ---- sleep
+
+    /// Lets the ports' next events through, once the rings' work is done: they stay masked while
+    /// the queue works.
+    fn acknowledge(&mut self) -> Result<(), Fault> {
+        let [first, second] = std::mem::take(&mut self.run.rung);
+        if first {
+            self.channels.tx().acknowledge().map_err(|e| self.failed("event channel", &e))?;
+        }
+        if let (true, Some(channel)) = (second, self.channels.second()) {
+            channel.acknowledge().map_err(|e| self.failed("event channel", &e))?;
+        }
+        Ok(())
+    }
+
+    /// Whether frames are waiting for the guest's pages.
+    fn waits_for_pages(&self) -> bool {
+        !self.run.to_guest.is_empty() || self.run.stalled
+    }
+
+    /// Asks for the events that matter now; whether there is work after all.
+    fn arm(&mut self) -> Result<bool, Fault> {
+        // While the endpoint takes nothing, nothing is taken from the guest.
+        if self.run.to_host.is_empty() {
+            let pending = self.tx.arm().map_err(|e| self.corrupt(&e))?;
+            if pending == Pending::Work {
+                return Ok(true);
+            }
+        }
+        if self.waits_for_pages() {
+            let pending = self.rx.arm().map_err(|e| self.corrupt(&e))?;
+            return Ok(pending == Pending::Work);
+        }
+        Ok(false)
+    }
+
+    /// When to wake without an event.
+    fn deadline(&self, now: Instant) -> Option<Duration> {
+        let stall = self.run.blocked.map(|since| (since + self.stall).duration_since(now));
+        let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
+        // What the endpoint has for the guest has to wait as well.
+        let hungry = self.run.to_guest.is_empty() || self.run.stalled;
+        let endpoint = self.endpoint.waits().deadline.filter(|_| hungry);
+        let endpoint = endpoint.map(|at| at.duration_since(now));
+        let wait = [stall, look, endpoint].into_iter().flatten().min()?;
+        Some(wait.max(Duration::from_micros(50)))
+    }
+
+    /// Waits for the frontend, the endpoint or the device's control.
+    fn sleep(&mut self) -> Result<(), Fault> {
+        if self.run.spurious >= SPURIOUS_STREAK {
+            let mut fds = [PollFd::from_borrowed_fd(self.shared.wake(), PollFlags::IN)];
+            wait(&mut fds, Some(BACK_OFF))?;
+        }
+        self.acknowledge()?;
+        if self.arm()? {
+            return Ok(());
+        }
+        self.counters.sleeps.add(1);
+        self.take_knobs();
+        let before = Instant::now();
+        let timeout = self.deadline(before);
+        // Frames are left with the endpoint while others wait for the guest.
+        let hungry = self.run.to_guest.is_empty() || self.run.stalled;
+        let [first, second, woken] = self.wait_for(hungry, timeout)?;
+        self.poller.slept(before.elapsed().as_nanos() as u64);
+        if first {
+            self.tx.woken();
+        }
+        if second {
+            self.rx.woken();
+        }
+        if first || second {
+            self.run.spurious += 1;
+            self.run.rung = [first, second];
+        }
+        if woken {
+            self.shared.woken();
+        }
+        Ok(())
+    }
+
+    /// Which of the two ports and the wake-up have come.
+    fn wait_for(&self, hungry: bool, timeout: Option<Duration>) -> Result<[bool; 3], Fault> {
+        let waits = self.endpoint.waits();
+        let second = self.channels.second().map(|channel| channel.as_fd());
+        let nothing = PollFlags::empty();
+        let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        // Places that are not used stand for the wake-up with nothing asked.
+        let unused = || PollFd::from_borrowed_fd(self.shared.wake(), nothing);
+        let output = |fd| PollFd::from_borrowed_fd(fd, PollFlags::OUT);
+        let mut fds = [
+            input(self.channels.tx().as_fd()),
+            second.map_or_else(unused, input),
+            input(self.shared.wake()),
+            waits.readable.filter(|_| hungry).map_or_else(unused, input),
+            waits.writable.map_or_else(unused, output),
+        ];
+        wait(&mut fds, timeout)?;
+        let ready = |n: usize| !fds[n].revents().is_empty();
+        Ok([ready(0), second.is_some() && ready(1), ready(2)])
+    }
+}
+
+/// Waits for one of the descriptors or the end of the time.
+fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}

@@ -1,0 +1,145 @@
+//! From the guest to the endpoint.
+
+use hypervisor::xenbus::Fault;
+use rings::Notify;
+
+use super::{BATCH, Worker};
+use crate::frame::{Frame, HEADROOM, MAX_FRAME};
+use crate::offload::{Impossible, claimed, pass};
+use crate::tx::{Claim, Dropped, Packet, Verdict};
+
+/// Frames that are kept for packets to the guest.
+const RESERVE: usize = 96;
+
+impl Worker {
+    /// Takes a batch of packets from the guest and hands it on; whether there was any.
+    pub(super) fn transmit(&mut self) -> Result<bool, Fault> {
+        // What the endpoint has not taken stays first, and nothing is taken behind it: the guest's
+        // ring is where packets wait.
+        let held = self.run.to_host.len();
+        self.hand_on()?;
+        let mut moved = self.run.to_host.len() < held;
+        if self.run.to_host.is_empty() {
+            moved |= self.gather()?;
+            self.fetch()?;
+            self.hand_on()?;
+        }
+        Ok(moved)
+    }
+
+    fn hand_on(&mut self) -> Result<(), Fault> {
+        if self.run.to_host.is_empty() {
+            return Ok(());
+        }
+        self.endpoint
+            .send(&mut self.run.to_host, &mut self.pool)
+            .map_err(|e| self.failed("sending", &e))?;
+        self.counters.tx_dropped_host.add(self.endpoint.take_dropped());
+        Ok(())
+    }
+
+    /// Takes slots from the ring and finds frames for the packets in them.
+    fn gather(&mut self) -> Result<bool, Fault> {
+        let mut taken = false;
+        self.run.ops.clear();
+        while self.run.packets.packets().len() < BATCH && self.pool.free() > RESERVE {
+            let Some(entry) = self.tx.take().map_err(|e| self.corrupt(&e))? else { break };
+            taken = true;
+            self.run.taken.push_back(entry.slot);
+            let complete = self.run.packets.push(&entry.req);
+            if complete.map_err(|e| Fault(format!("{}: {e}", self.name)))? {
+                self.place();
+            }
+        }
+        Ok(taken)
+    }
+
+    /// A frame for the packet that is complete now, and the copies into it.
+    fn place(&mut self) {
+        let Some(packet) = self.run.packets.packets().last() else { return };
+        let from = self.run.ops.len();
+        let frame = match packet.verdict {
+            Verdict::Frame => self.pool.take(),
+            Verdict::Multicast(_) | Verdict::Dropped(_) => None,
+        };
+        let placed = frame.map(|mut frame| {
+            frame.set_len(usize::from(packet.len));
+            self.run.packets.copies(packet, frame.at(), &mut self.run.ops);
+            (frame, from..self.run.ops.len())
+        });
+        self.run.copied.push_back(placed);
+    }
+
+    /// Copies the batch, answers it, and makes it ready for the endpoint.
+    fn fetch(&mut self) -> Result<(), Fault> {
+        if self.run.packets.packets().is_empty() {
+            return Ok(());
+        }
+        self.copy()?;
+        self.counters.tx_batches.add(u64::from(!self.run.ops.is_empty()));
+        let mut packets = std::mem::take(&mut self.run.packets);
+        for packet in packets.packets_mut() {
+            if let Some(Some((frame, copies))) = self.run.copied.pop_front() {
+                self.receive_copy(packet, frame, copies);
+            }
+            self.count(packet);
+        }
+        let mut slots = 0;
+        for packet in packets.packets() {
+            for answer in packets.answers(packet, false) {
+                let Some(slot) = self.run.taken.pop_front() else { break };
+                self.tx.respond(slot, &answer);
+                slots += 1;
+            }
+        }
+        self.counters.tx_slots.add(slots);
+        packets.clear();
+        self.run.packets = packets;
+        if self.tx.publish() == Notify::Send {
+            self.channels.tx().notify().map_err(|e| self.failed("event channel", &e))?;
+        }
+        Ok(())
+    }
+
+    /// A packet's bytes are here, or they could not be read.
+    fn receive_copy(
+        &mut self,
+        packet: &mut Packet,
+        mut frame: Frame,
+        copies: std::ops::Range<usize>,
+    ) {
+        const { assert!(HEADROOM + MAX_FRAME > u16::MAX as usize) };
+        if self.run.ops[copies].iter().any(|op| op.status != 0) {
+            packet.verdict = Verdict::Dropped(Dropped::Copy);
+            return self.pool.give(frame);
+        }
+        match claimed(&mut frame, packet.claim, packet.gso) {
+            Ok(offload) => frame.offload = offload,
+            Err(Impossible) => {
+                packet.verdict = Verdict::Dropped(Dropped::Offload);
+                return self.pool.give(frame);
+            }
+        }
+        if !pass(frame, &self.leaves_host, &mut self.pool, &mut self.run.to_host) {
+            packet.verdict = Verdict::Dropped(Dropped::Offload);
+        }
+    }
+
+    fn count(&self, packet: &Packet) {
+        let c = &self.counters;
+        match packet.verdict {
+            Verdict::Frame => {
+                c.tx_packets.add(1);
+                c.tx_bytes.add(packet.len.into());
+                c.tx_gso.add(u64::from(packet.gso.is_some()));
+                c.tx_csum_blank.add(u64::from(packet.claim == Claim::Blank));
+            }
+            Verdict::Multicast(_) => {}
+            Verdict::Dropped(Dropped::Copy) => c.tx_dropped_copy.add(1),
+            Verdict::Dropped(Dropped::Offload) => c.tx_dropped_offload.add(1),
+            Verdict::Dropped(Dropped::Slots | Dropped::Size | Dropped::Short) => {
+                c.tx_dropped_bad.add(1);
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! A frontend whose slots the tests write one by one.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hypervisor::embedded::Frontend;
+use hypervisor::store::Client;
+use hypervisor::xenbus::State;
+use hypervisor::xenbus::front::Node;
+use hypervisor::{Access, EventChannel, GrantedPages, Guest};
+use netback::endpoint::Accepts;
+use netback::frontend::KIND;
+use netback::negotiate::{Accepted, Multicast, Ports, QueueKeys, RxNotify};
+use netback::proto::{Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
+use perf::Handle;
+use rings::{FrontRing, Notify, PAGE_SIZE};
+
+use crate::rig::LIMIT;
+
+/// Pages for packets, each way.
+pub(crate) const PAGES: usize = 64;
+
+/// See the module. Pages for packets to the guest are posted by the tests too.
+pub(crate) struct Raw {
+    pub(crate) node: Node,
+    store: Client,
+    pub(crate) tx: FrontRing<Tx, Arc<dyn GrantedPages>>,
+    pub(crate) rx: FrontRing<Rx, Arc<dyn GrantedPages>>,
+    pub(crate) tx_pages: Arc<dyn GrantedPages>,
+    pub(crate) rx_pages: Arc<dyn GrantedPages>,
+    pub(crate) channel: Box<dyn EventChannel>,
+}
+
+impl Raw {
+    pub(crate) fn connect(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
+        let store = guest.store().unwrap();
+        let node = Node::find(&store, KIND, devid).unwrap();
+        node.wait_backend(&store, LIMIT, |s| s == State::InitWait).unwrap();
+        let grant = |pages| guest.grant(node.backend, pages, Access::ReadWrite).unwrap();
+        let (tx_ring, rx_ring) = (grant(1), grant(1));
+        let channel = guest.alloc_unbound(node.backend).unwrap();
+        let queue = QueueKeys {
+            tx_refs: tx_ring.refs().to_vec(),
+            rx_refs: rx_ring.refs().to_vec(),
+            ports: Ports::Shared(channel.port()),
+        };
+        let accepted = Accepted {
+            accepts,
+            rx_notify: RxNotify::Yes,
+            multicast: Multicast::Flood,
+            xdp_headroom: 0,
+            ctrl: None,
+            queues: vec![queue],
+        };
+        let tx = FrontRing::init(tx_ring, Handle::default()).unwrap();
+        let rx = FrontRing::init(rx_ring, Handle::default()).unwrap();
+        let (keys, choice) = (accepted.front_keys(), Accepted::is_choice);
+        node.choose(&store, &keys, choice, State::Connected).unwrap();
+        node.wait_backend(&store, LIMIT, |s| s == State::Connected).unwrap();
+        let (tx_pages, rx_pages) = (grant(PAGES), grant(PAGES));
+        Raw { node, store, tx, rx, tx_pages, rx_pages, channel }
+    }
+
+    /// Writes slots and tells of them.
+    pub(crate) fn send(&mut self, slots: &[TxRequest]) {
+        slots.iter().for_each(|slot| self.tx.push(slot).unwrap());
+        self.publish();
+    }
+    pub(crate) fn publish(&mut self) {
+        let tx = self.tx.publish();
+        let rx = self.rx.publish();
+        if tx == Notify::Send || rx == Notify::Send {
+            self.channel.notify().unwrap();
+        }
+    }
+    /// Posts pages for packets to the guest, from the page `first` on.
+    pub(crate) fn post(&mut self, first: usize, count: usize) {
+        for page in first..first + count {
+            let page = page % PAGES;
+            let gref = self.rx_pages.refs()[page];
+            self.rx.push(&RxRequest { id: page as u16, pad: 0, gref }).unwrap();
+        }
+        self.publish();
+    }
+    /// A slot of the page `page`.
+    pub(crate) fn slot(&self, page: usize, offset: u16, size: u16, flags: u16) -> TxRequest {
+        TxRequest { gref: self.tx_pages.refs()[page], offset, flags, id: page as u16, size }
+    }
+    /// The next `count` answers.
+    pub(crate) fn answers(&mut self, count: usize) -> Vec<TxResponse> {
+        let end = Instant::now() + LIMIT;
+        let mut all = Vec::new();
+        while all.len() < count {
+            match self.tx.take().unwrap() {
+                Some(rsp) => all.push(rsp),
+                None => assert!(Instant::now() < end, "{} of {count} answers", all.len()),
+            }
+            std::thread::yield_now();
+        }
+        all
+    }
+    /// The next `count` slots of packets to the guest, each with its bytes.
+    pub(crate) fn received(&mut self, count: usize) -> Vec<(RxResponse, Vec<u8>)> {
+        let end = Instant::now() + LIMIT;
+        let mut all = Vec::new();
+        while all.len() < count {
+            if let Some(rsp) = self.rx.take().unwrap() {
+                let len = usize::try_from(rsp.status).unwrap_or(0);
+                let mut bytes = vec![0; len];
+                let at = usize::from(rsp.id) * PAGE_SIZE + usize::from(rsp.offset);
+                self.rx_pages.read(at, &mut bytes);
+                all.push((rsp, bytes));
+            } else {
+                assert!(Instant::now() < end, "{} of {count} slots", all.len());
+                std::thread::yield_now();
+            }
+        }
+        all
+    }
+    /// Whether nothing more comes for a while.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        std::thread::sleep(Duration::from_millis(50));
+        self.tx.take().unwrap().is_none() && self.rx.take().unwrap().is_none()
+    }
+    pub(crate) fn backend_state(&self) -> State {
+        self.node.backend_state(&self.store).unwrap()
+    }
+    /// The backend has given up this device, for `reason`.
+    pub(crate) fn assert_ended(&self) {
+        let gone = |s| matches!(s, State::Closing | State::Closed | State::Unknown);
+        self.node.wait_backend(&self.store, LIMIT, gone).unwrap();
+    }
+    pub(crate) fn close(self) {
+        self.node.close(&self.store, LIMIT).unwrap();
+    }
+}
