@@ -120,3 +120,7 @@ pub(crate) fn forget(run_dir: &Path, id: &DeviceId) {
         tracing::warn!("{id}: cannot remove {}: {e}", path.display());
     }
 }
+
+#[cfg(test)]
+#[path = "inflight_tests.rs"]
+mod tests;

@@ -14,7 +14,7 @@ for kill in 1 2 3 4 5 6 7 8; do
   usleep $((300000 + $(random 1500) * 1000))
   running g || fail "fio has ended before kill $kill"
   backend_kill
-  within "a backend after kill $kill" 6000 backend_serves
+  within "a backend after kill $kill" 20000 backend_serves
 done
 # Some of the kills may have come between two rounds.
 above "requests that were served again" 64 "$(replays)"

@@ -27,7 +27,7 @@ killed() {
   told=yes
   wait $job || { told=no; inside=$((inside + 1)); }
   echo "$*: $([ $told = yes ] && echo done before the kill || tail -n 1 $CTL/job.out)"
-  within "a backend after the kill" 6000 backend_serves
+  within "a backend after the kill" 20000 backend_serves
   running g || fail "fio has ended during: $*"
 }
 # again SIGN WORDS...: the same job once more; an error with that sign says that it was done
