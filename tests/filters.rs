@@ -278,3 +278,46 @@ fn a_mirror_has_what_the_image_has_and_faults_and_delays_strike() {
     assert_eq!([io("read 0 4k"), io("read 0 4k"), io("read 0 4k")], [true, false, true]);
     server.end();
 }
+
+#[test]
+fn an_export_stops_at_errors_and_is_resumed() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let (image, control) = (folder.path().join("disk"), folder.path().join("control"));
+    std::fs::File::create(&image).and_then(|f| f.set_len(1 << 20)).expect("an image");
+    let stopping = ["--on-enospc", "pause", "--fault", "write:ENOSPC:nth=1+write:ENOSPC:nth=3"];
+    let image = ["-f", "raw", text(&image)];
+    let args = [&["--control", text(&control)][..], &stopping, &image].concat();
+    let server = Server::start(folder.path(), &args);
+    let uri = format!("nbd+unix:///?socket={}", text(&folder.path().join("sock")));
+    let write = || {
+        let args = ["-f", "raw", "-c", "write -P 7 0 64k", "-c", "read -P 7 0 64k", &uri];
+        command("qemu-io", &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+    };
+    let told = || ringback(&["disk", "job", "--live", text(&control)]);
+    let until_stopped = || {
+        for _ in 0..200 {
+            if told().contains("paused by an error: No space left on device") {
+                return;
+            }
+            sleep(Duration::from_millis(50));
+        }
+        panic!("it does not stop: {}", told());
+    };
+    let mut writer = write().expect("qemu-io: install qemu-utils");
+    until_stopped();
+    assert!(writer.try_wait().expect("its state").is_none(), "an error in spite of all");
+    ringback(&["disk", "resume", "--live", text(&control)]);
+    assert!(writer.wait().expect("its end").success());
+    assert!(!told().contains("paused"), "{}", told());
+    // Ended while it stands: what waits is tried once more.
+    let mut writer = write().expect("qemu-io");
+    until_stopped();
+    server.end();
+    let _ = writer.wait();
+    let refused = command(
+        env!("CARGO_BIN_EXE_ringback"),
+        &[&["export", "nbd", "-k", "x", "--on-enospc", "pause"][..], &image].concat(),
+    );
+    let refused = { refused }.output().expect("ringback");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--control"));
+}

@@ -414,3 +414,32 @@ fn a_standby_takes_over_from_an_image_without_room() {
     assert!(checked.expect("qemu-img").success());
     drop(small);
 }
+
+#[test]
+fn a_standby_that_cannot_take_over_holds_nobody_up() {
+    let taps = Taps::new();
+    let small = Small::new(taps.path("small"), "size=2m");
+    let first = small.0.join("first.raw");
+    std::fs::File::create(&first).expect("a file").set_len(8 << 20).expect("its size");
+    let second = taps.path("second.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", text(&first), text(&second)])
+        .status();
+    assert!(made.expect("qemu-img: install qemu-utils").success());
+    let (one, two) = (format!("aio:{}", text(&first)), format!("qcow2:{}", text(&second)));
+    let allowed = ["--allow-backing", text(&small.0)];
+    let socket = taps.run(&[&["create", "-s", "-2", &two, "-a", &one][..], &allowed].concat());
+    let list = taps.run(&["list"]);
+    let pid = list.split(' ').next().and_then(|p| p.strip_prefix("pid=")).expect("a pid");
+    std::fs::remove_file(&second).expect("removed");
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let mut writer =
+        qemu_io(&uri, "write -P 6 0 4M").stderr(Stdio::null()).spawn().expect("qemu-io");
+    sleep(Duration::from_secs(1));
+    assert!(writer.try_wait().expect("its state").is_none(), "it does not wait");
+    let begin = Instant::now();
+    taps.run(&["destroy", "-p", pid, "-m", "0"]);
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(!writer.wait().expect("its end").success(), "written to nothing");
+    drop(small);
+}

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use blktap::filters::delay::Delay;
 use blktap::filters::fault::Faults;
 use blktap::filters::priority::Priority;
+use blktap::filters::stall::Policy;
 use clap::{Args, Subcommand, ValueEnum};
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -41,6 +42,13 @@ pub struct Filters {
     /// What becomes of an error of the mirror.
     #[arg(long, value_enum, default_value = "report")]
     pub mirror_errors: MirrorErrors,
+    /// What becomes of a request that fails: report answers it with the error; pause keeps it, and
+    /// the image waits for `ringback disk resume --live SOCKET`, SOCKET being that of --control.
+    #[arg(long, value_name = "POLICY", default_value = "report")]
+    pub on_error: Policy,
+    /// The same where there is no room (ENOSPC, EDQUOT).
+    #[arg(long, value_name = "POLICY", default_value = "report")]
+    pub on_enospc: Policy,
     /// Have requests fail, for tests: OP:ERROR[:nth=N][:every=N][:p=0..1][:seed=N][:at=FIRST-END],
     /// OP of any, read, write, flush, discard; several joined by +.
     #[arg(long, value_name = "FAULT", default_value = "", hide_default_value = true)]

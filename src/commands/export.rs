@@ -89,12 +89,16 @@ impl How<'_> {
     }
 }
 
-/// A descriptor that becomes readable at the first signal.
-pub fn stop_descriptor(stop: Receiver<()>) -> io::Result<OwnedFd> {
+/// A descriptor that becomes readable at the first signal, after what is to be done `before`.
+pub fn stop_descriptor(
+    stop: Receiver<()>,
+    before: impl FnOnce() + Send + 'static,
+) -> io::Result<OwnedFd> {
     let (ended, end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     std::thread::Builder::new().name("stop".into()).spawn(move || {
         // A message or the end of the signals' thread: either way it is over.
         let _ = stop.recv();
+        before();
         drop(end);
     })?;
     Ok(ended)
@@ -102,7 +106,7 @@ pub fn stop_descriptor(stop: Receiver<()>) -> io::Result<OwnedFd> {
 
 /// `ringback export nbd`.
 pub fn nbd(options: &ExportNbd) -> Result {
-    let stop = stop_descriptor(signals::stop()?)?;
+    let signal = signals::stop()?;
     let tls = options.tls_creds.as_deref().map(tls::server).transpose()?;
     let limits = Limits { connections: options.shared.into(), ..Limits::default() };
     let count = options.export.len() + usize::from(options.image.is_some());
@@ -123,6 +127,8 @@ pub fn nbd(options: &ExportNbd) -> Result {
             println!("listening at {address}");
         }
     }
+    let stalls = stack.stalls();
+    let stop = stop_descriptor(signal, move || stalls.iter().for_each(|stall| stall.end()))?;
     server.serve(stop.as_fd())?;
     Ok(ExitCode::SUCCESS)
 }

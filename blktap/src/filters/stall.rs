@@ -30,12 +30,12 @@ pub enum Policy {
 }
 
 impl std::str::FromStr for Policy {
-    type Err = ();
-    fn from_str(text: &str) -> Result<Policy, ()> {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Policy, String> {
         match text {
             "report" => Ok(Policy::Report),
             "pause" => Ok(Policy::Pause),
-            _ => Err(()),
+            _ => Err("write report or pause".into()),
         }
     }
 }
@@ -111,6 +111,12 @@ impl Stall {
     /// Other policies, for errors that are still to come.
     pub fn set(&self, policies: Policies) {
         self.state.lock().policies = policies;
+    }
+
+    /// The end: nothing stops the disk any more, and what waits is tried once more.
+    pub fn end(&self) {
+        self.set(Policies { on_error: Policy::Report, on_enospc: Policy::Report });
+        self.go_on();
     }
 
     /// Whether requests are to wait.

@@ -8,8 +8,11 @@ use blktap::filters::changed::{Frozen, FrozenDisk, LogOptions};
 use blktap::filters::fault::Faults;
 use blktap::filters::mirror::OnError;
 use blktap::filters::priority::Priority;
+use blktap::filters::stall::{Policies, Policy, Stall};
 use blktap::filters::throttle::{Group, Limits};
-use blktap::filters::{ChangedDisk, DelayDisk, FaultyDisk, MirrorDisk, PriorityDisk, ThrottleDisk};
+use blktap::filters::{
+    ChangedDisk, DelayDisk, FaultyDisk, MirrorDisk, PriorityDisk, StallDisk, ThrottleDisk,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -20,8 +23,8 @@ use crate::cli::{Filters, MirrorErrors};
 /// Opens an image by its format and path.
 pub type Open<'a> = dyn Fn(&str, &str) -> Result<Arc<dyn Disk>> + 'a;
 
-/// The filters of a command's images, in one order: limits, delay, faults, logs, the mirror,
-/// priority, the image.
+/// The filters of a command's images, in one order: limits, the stop at errors, delay, faults,
+/// logs, the mirror, priority, the image.
 pub struct Stack<'a> {
     /// How images are opened, by format and path.
     open: &'a Open<'a>,
@@ -30,6 +33,7 @@ pub struct Stack<'a> {
     later: Later,
     limits: Limits,
     groups: Vec<Arc<Group>>,
+    stalls: Vec<Arc<Stall>>,
     changed: Vec<Arc<ChangedDisk>>,
 }
 
@@ -48,6 +52,10 @@ pub enum Later {
 pub enum Command {
     /// Change a limit.
     Set { knob: String, value: String },
+    /// Try again what an error has stopped.
+    Resume {},
+    /// Whether an error has stopped an image.
+    Job {},
     /// Begin a log.
     ChangedLogStart { path: PathBuf },
     /// End the log.
@@ -77,6 +85,9 @@ impl<'a> Stack<'a> {
         limits.agree()?;
         options.io_priority.is_allowed()?;
         let options = options.clone();
+        if (options.on_error, options.on_enospc) != Default::default() && later == Later::Stays {
+            return Err("--on-error, --on-enospc pause: by which --control is it resumed?".into());
+        }
         Ok(Stack {
             open,
             options,
@@ -84,6 +95,7 @@ impl<'a> Stack<'a> {
             later,
             limits,
             groups: Vec::new(),
+            stalls: Vec::new(),
             changed: Vec::new(),
         })
     }
@@ -104,6 +116,7 @@ impl<'a> Stack<'a> {
             0 => disk,
             _ => DelayDisk::new(disk, self.options.delay_us),
         };
+        let disk = self.stop(disk);
         if self.limits.are_none() && self.later == Later::Stays {
             return Ok(disk);
         }
@@ -115,6 +128,23 @@ impl<'a> Stack<'a> {
             }
         };
         Ok(ThrottleDisk::new(disk, group))
+    }
+
+    /// Without any error that stops it, the image pays nothing.
+    fn stop(&mut self, disk: Arc<dyn Disk>) -> Arc<dyn Disk> {
+        let Filters { on_error, on_enospc, .. } = self.options;
+        if [on_error, on_enospc] == [Policy::Report; 2] {
+            return disk;
+        }
+        let name = format!("image {}", self.stalls.len() + 1);
+        let stall = Stall::new(name, Policies { on_error, on_enospc });
+        self.stalls.push(Arc::clone(&stall));
+        StallDisk::new(disk, stall)
+    }
+
+    /// What stops images: to be ended before their servers are.
+    pub fn stalls(&self) -> Vec<Arc<Stall>> {
+        self.stalls.clone()
     }
 
     fn mirror(&self, disk: Arc<dyn Disk>) -> Result<Arc<dyn Disk>> {
@@ -151,8 +181,16 @@ impl<'a> Stack<'a> {
     /// What a control socket answers.
     pub fn answers(&self) -> Arc<Answer> {
         let (groups, changed) = (self.groups.clone(), self.changed.clone());
-        let options = self.options.clone();
+        let (options, stalls) = (self.options.clone(), self.stalls());
         Arc::new(move |request: Value| match serde_json::from_value(request)? {
+            Command::Resume {} => {
+                let stood = stalls.iter().filter(|stall| stall.go_on()).count();
+                if stood == 0 {
+                    return Err("it is not paused".into());
+                }
+                Ok(json!({"job": null}))
+            }
+            Command::Job {} => Ok(told(&stalls)),
             Command::Set { knob, value } => {
                 for group in &groups {
                     let mut limits = group.limits();
@@ -178,6 +216,17 @@ impl<'a> Stack<'a> {
                 Ok(json!({"logs": disk.names()}))
             }
         })
+    }
+}
+
+/// No job, and the first image that an error has stopped.
+fn told(stalls: &[Arc<Stall>]) -> Value {
+    match stalls.iter().find_map(|stall| stall.standing()) {
+        None => json!({"job": null}),
+        Some(standing) => {
+            let stopped = json!({"error": standing.error(), "requests": standing.requests});
+            json!({"job": null, "stopped": stopped})
+        }
     }
 }
 

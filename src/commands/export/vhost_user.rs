@@ -24,7 +24,7 @@ pub fn vhost_user_blk(options: &ExportVhostUserBlk) -> Result {
         return Ok(ExitCode::SUCCESS);
     }
     let socket = options.fd.map(inherited).transpose()?;
-    let stop = stop_descriptor(signals::stop()?)?;
+    let stop = stop_descriptor(signals::stop()?, || {})?;
     let mut export = Export::new(disk(options)?);
     export.queues = options.num_queues;
     export.serial = options.serial.clone();

@@ -17,7 +17,7 @@ use crate::signals;
 
 /// Serves all disks at `socket` until a signal, and closes them.
 pub fn serve(guest: &Arc<Frontend>, plans: &[DiskPlan], socket: &Path) -> Result {
-    let stop = stop_descriptor(signals::stop()?)?;
+    let stop = stop_descriptor(signals::stop()?, || {})?;
     let mut fronts = Vec::new();
     let mut exports = Vec::new();
     for plan in plans {

@@ -75,6 +75,8 @@ impl Drop for Standby {
         {
             tracing::error!("the standby's thread panicked");
         }
+        // What waits has its error.
+        self.shared.stall.end();
     }
 }
 
@@ -86,10 +88,7 @@ impl Shared {
             }
             if self.taken_over.load(Ordering::Acquire) {
                 // This one is full too: its errors are the client's.
-                let report = Policies { on_error: Policy::Report, on_enospc: Policy::Report };
-                self.stall.set(report);
-                self.stall.go_on();
-                return;
+                return self.stall.end();
             }
             if let Err(e) = self.take_over() {
                 tracing::error!("{}: it does not take over: {e}", self.second);
