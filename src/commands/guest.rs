@@ -20,8 +20,8 @@ use hypervisor::embedded::{Frontend, Link};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::Result;
+use super::run::plan::VifReport;
 use super::run::plan::{DiskPlan, DiskReport, Grants, GuestPlan, GuestReport, Line, Work};
-use super::run::vif::VifReport;
 use super::run::workload::{Part, Worker};
 
 /// How often progress is told.

@@ -146,7 +146,7 @@ impl Rig {
             seed: scene.seed,
             cpus: Vec::new(),
         };
-        let plan = GuestPlan { disks: vec![disk], nbd: None };
+        let plan = GuestPlan { disks: vec![disk], vifs: Vec::new(), nbd: None };
         let plan = serde_json::to_string(&plan).expect("JSON");
         let mut guest = Command::new(RINGBACK);
         guest.args(["guest", &plan]).stdin(Stdio::from(identity)).stdout(Stdio::piped());
@@ -228,7 +228,7 @@ impl Rig {
         let report = self.lines.take().expect("its output").lines().find_map(|line| {
             let line = line.expect("a line");
             match serde_json::from_str(&line).expect("a line of the guest") {
-                Line::Report(mut reports) => reports.pop(),
+                Line::Report(mut report) => report.disks.pop(),
                 Line::Progress(_) | Line::Serving => None,
             }
         });

@@ -17,7 +17,7 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::{icmp, tcp};
 use smoltcp::wire::{EthernetAddress, Icmpv4Packet, Icmpv4Repr};
 
-use crate::commands::run::vif::{Transfer, VifPlan, VifReport};
+use crate::commands::run::plan::{Transfer, VifPlan, VifReport};
 
 type Stack = Host<Several<FrontQueue>>;
 

@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
+use super::plan::VifReport;
 use super::plan::{COMPLAINTS, DiskReport, GuestReport};
-use super::vif::VifReport;
 
 /// What the host has found in the images.
 #[derive(Debug, Default)]
