@@ -54,7 +54,8 @@ fn a_successor_finds_the_tables_of_the_same_rings() {
 #[test]
 fn those_of_other_rings_are_not_taken() {
     let run = tempfile::tempdir().unwrap();
-    let changes: [(&str, fn(&mut Accepted)); 5] = [
+    type Change = fn(&mut Accepted);
+    let changes: [(&str, Change); 5] = [
         ("a port", |a| a.queues[1].port = 7),
         ("a page", |a| a.queues[0].ring_refs[3] = 99),
         ("a queue less", |a| drop(a.queues.pop())),

@@ -23,7 +23,7 @@ const SCENE: Scene = Scene {
 fn spoilt(spoil: impl Fn(&Path)) -> String {
     let mut rig = Rig::start(SCENE);
     let mut backend = rig.backend();
-    until("a backend serves the guest", || (rig.begins() > 0).then_some(()));
+    until("a backend serves the guest", || rig.guest_works().then_some(()));
     std::thread::sleep(Duration::from_millis(200));
     backend.kill();
     spoil(&rig.table());

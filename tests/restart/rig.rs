@@ -203,6 +203,11 @@ impl Rig {
         let path = format!("/local/domain/0/error/backend/vbd/1/{DEVID}/error");
         self.store.get(&path).expect("the store")
     }
+    /// Whether the guest has seen its disk connected, and has begun.
+    pub fn guest_works(&self) -> bool {
+        let path = format!("/local/domain/1/device/vbd/{DEVID}/state");
+        self.store.get(&path).expect("the store").as_deref() == Some("4")
+    }
     /// How often a backend has begun to serve the guest's rings.
     pub fn begins(&self) -> usize {
         let log = self.log();
