@@ -11,6 +11,7 @@ mod control;
 mod counters;
 pub mod endpoint;
 pub mod frame;
+pub mod limit;
 pub mod negotiate;
 pub mod offload;
 pub mod proto;
