@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
@@ -14,6 +15,7 @@ use crate::config::Config;
 use crate::control::{self, Command};
 use crate::endpoint::Endpoint;
 use crate::endpoint::tap::{Persistence, Tap};
+use crate::limit::{self, Limits};
 use crate::negotiate::{Accepted, Offer};
 use crate::queue::{Queue, Start};
 use crate::rx::Shape;
@@ -48,11 +50,12 @@ impl Host for Tap {
 }
 
 /// The TAP device of a vif: `vifDOMID.DEVID`, to which a hotplug script gives the name that the key
-/// `vifname` wants. One that has that name already is a predecessor's.
+/// `vifname` wants. A new vif never takes a device that has that name already: it is another's.
 pub fn open_tap(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
     let id = nodes.id();
-    let wanted = nodes.own("vifname")?.filter(|name| Tap::exists(name));
-    let name = wanted.unwrap_or_else(|| format!("vif{}.{}", id.domid, id.devid));
+    let new = nodes.own("state")?.is_none_or(|state| State::parse(&state) == State::Initialising);
+    let left = nodes.own("vifname")?.filter(|name| !new && Tap::exists(name));
+    let name = left.unwrap_or_else(|| format!("vif{}.{}", id.domid, id.devid));
     Ok(Box::new(Tap::open(&name)?))
 }
 
@@ -114,6 +117,7 @@ struct NetDevice {
 struct Serving {
     queues: Vec<Queue>,
     config: Config,
+    limits: Arc<Limits>,
     _stats: Option<StatsPage>,
 }
 
@@ -142,6 +146,9 @@ impl NetDevice {
         let mut config = self.config.clone();
         if let Some(options) = nodes.own("options")? {
             config.set_all(&options).map_err(|e| Fault(format!("options: {e}")))?;
+        }
+        if let Some(bytes) = nodes.own("rate")?.as_deref().and_then(limit::parse) {
+            config.rate.bytes = bytes;
         }
         Ok(config)
     }
@@ -183,6 +190,7 @@ impl NetDevice {
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
+        let limits = Arc::new(Limits::new(config.rate, Instant::now()));
         let mut queues = Vec::new();
         for (number, keys) in accepted.queues.iter().enumerate() {
             queues.push(Queue::start(Start {
@@ -195,6 +203,7 @@ impl NetDevice {
                 accepts: accepted.accepts,
                 leaves_host: endpoint.abilities().into(),
                 rx_notify: accepted.rx_notify,
+                limits: limits.clone(),
                 shape: Shape { headroom: accepted.xdp_headroom },
                 faults: faults.clone(),
                 tx_counters: block(&stats, &format!("tx-ring-{number}")),
@@ -203,7 +212,7 @@ impl NetDevice {
             })?);
         }
         host.keep()?;
-        Ok(Serving { queues, config: config.clone(), _stats: stats })
+        Ok(Serving { queues, config: config.clone(), limits, _stats: stats })
     }
 
     /// Changes a knob of the running queues.
@@ -216,6 +225,7 @@ impl NetDevice {
         if knob == "max_queues" {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
+        serving.limits.set(config.rate, Instant::now());
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;
         Ok(json!({"knob": knob, "value": value}))

@@ -1,5 +1,7 @@
 //! The knobs of a network backend.
 
+use crate::limit::Rate;
+
 /// Most queues that can be asked for.
 pub const MAX_QUEUES: u32 = 64;
 
@@ -12,18 +14,34 @@ pub struct Config {
     pub poll_us: u32,
     /// Seconds after which frames that wait for a guest's pages are dropped.
     pub rx_stall_s: u32,
+    /// How much a vif may move each way.
+    pub rate: Rate,
 }
 
 impl Default for Config {
     fn default() -> Config {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        Config { max_queues: cpus.min(MAX_QUEUES), poll_us: 0, rx_stall_s: 10 }
+        Config {
+            max_queues: cpus.min(MAX_QUEUES),
+            poll_us: 0,
+            rx_stall_s: 10,
+            rate: Rate::default(),
+        }
     }
 }
 
 impl Config {
     /// Sets the knob `name`.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let rate = match name {
+            "rate_bytes" => Some(&mut self.rate.bytes),
+            "rate_packets" => Some(&mut self.rate.packets),
+            _ => None,
+        };
+        if let Some(rate) = rate {
+            *rate = value.parse().map_err(|_| format!("{name}={value}: a number a second"))?;
+            return Ok(());
+        }
         let (place, low, high) = match name {
             "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
             "poll_us" => (&mut self.poll_us, 0, 1_000_000),
