@@ -106,7 +106,9 @@ fn four_queues_each_with_its_own_packets() {
                 thread.join().unwrap_or_else(|_| panic!("{}", rig.counters(DEVID)));
             }
         });
+        let again = front.queue(0).unwrap();
         assert!(front.queue(0).is_err(), "a queue was given out twice");
+        drop(again);
         front.close().unwrap();
     }
 }
