@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
@@ -48,11 +48,12 @@ impl Host for Tap {
 }
 
 /// The TAP device of a vif: `vifDOMID.DEVID`, to which a hotplug script gives the name that the key
-/// `vifname` wants. One that has that name already is a predecessor's.
+/// `vifname` wants. A new vif never takes a device that has that name already: it is another's.
 pub fn open_tap(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
     let id = nodes.id();
-    let wanted = nodes.own("vifname")?.filter(|name| Tap::exists(name));
-    let name = wanted.unwrap_or_else(|| format!("vif{}.{}", id.domid, id.devid));
+    let new = nodes.own("state")?.is_none_or(|state| State::parse(&state) == State::Initialising);
+    let left = nodes.own("vifname")?.filter(|name| !new && Tap::exists(name));
+    let name = left.unwrap_or_else(|| format!("vif{}.{}", id.domid, id.devid));
     Ok(Box::new(Tap::open(&name)?))
 }
 

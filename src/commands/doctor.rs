@@ -23,17 +23,25 @@ fn checks(context: &Context) -> Vec<Check> {
         let store = h.store().map_err(|e| e.to_string())?;
         store.domain_path(h.domid()).map_err(|e| e.to_string())
     });
-    let kernel = match Path::new("/sys/module/xen_blkback").exists() {
-        true => Err("the kernel's xen-blkback is loaded and takes vbd nodes first: \
-                     rmmod xen-blkback, and blacklist it in /etc/modprobe.d"
-            .to_owned()),
-        false => Ok("not loaded".to_owned()),
+    let kernels = |module: &str, kind: &str| {
+        let loaded = Path::new("/sys/module").join(module.replace('-', "_")).exists();
+        let remedy = format!(
+            "the kernel's {module} is loaded and takes {kind} nodes first: rmmod {module}, and \
+             blacklist it in /etc/modprobe.d"
+        );
+        if loaded { Err(remedy) } else { Ok("not loaded".to_owned()) }
+    };
+    let tun = match Path::new("/dev/net/tun").exists() {
+        true => Ok("there".to_owned()),
+        false => Err("no /dev/net/tun: modprobe tun".to_owned()),
     };
     let engine = blktap::doctor().map_err(|e| e.to_string());
     vec![
         check("hypervisor", hypervisor.map(|h| format!("this is domain {}", h.domid()))),
         check("xenstore", store),
-        check("kernel's xen-blkback", kernel),
+        check("kernel's xen-blkback", kernels("xen-blkback", "vbd")),
+        check("kernel's xen-netback", kernels("xen-netback", "vif")),
+        check("TAP devices", tun),
         check("io_uring", engine),
     ]
 }

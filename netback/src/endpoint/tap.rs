@@ -40,7 +40,7 @@ impl Tap {
         Ok(Tap { state: Mutex::new(State { ends: vec![Arc::new(end)] }) })
     }
 
-    /// Whether there is a TAP device of this name.
+    /// Whether there is a network device of this name.
     pub fn exists(name: &str) -> bool {
         device::exists(name)
     }

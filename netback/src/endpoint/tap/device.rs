@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, open as open_file};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
 
 use super::super::Accepts;
 use super::header::HEADER;
@@ -123,9 +125,10 @@ pub(super) fn open(name: &str) -> io::Result<OwnedFd> {
     Ok(end)
 }
 
-/// Whether there is a TAP or TUN device of this name.
+/// Whether there is a device of this name.
 pub(super) fn exists(name: &str) -> bool {
-    std::path::Path::new("/sys/class/net").join(name).join("tun_flags").exists()
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None);
+    socket.is_ok_and(|socket| name_to_index(&socket, name).is_ok())
 }
 
 /// The device's name.
@@ -140,7 +143,7 @@ pub(super) fn name(end: BorrowedFd<'_>) -> io::Result<String> {
 pub(super) fn persist(end: BorrowedFd<'_>, persistence: Persistence) -> io::Result<()> {
     let stays = usize::from(persistence == Persistence::Stays);
     // SAFETY: by value.
-    Ok(unsafe { ioctl(end, Number::<TUNSETPERSIST>(stays))? })
+    unsafe { ioctl(end, Number::<TUNSETPERSIST>(stays)) }.map_err(io::Error::from)
 }
 
 /// Tells the host what it may leave to the guest.
@@ -152,11 +155,11 @@ pub(super) fn offload(end: BorrowedFd<'_>, accepts: Accepts) -> io::Result<()> {
         bits |= if accepted { bit | TUN_F_TSO_ECN } else { 0 };
     }
     // SAFETY: by value.
-    Ok(unsafe { ioctl(end, Number::<TUNSETOFFLOAD>(bits))? })
+    unsafe { ioctl(end, Number::<TUNSETOFFLOAD>(bits)) }.map_err(io::Error::from)
 }
 
 pub(super) fn carrier(end: BorrowedFd<'_>, carrier: Carrier) -> io::Result<()> {
     let mut up = i32::from(carrier == Carrier::Up);
     // SAFETY: a pointer to an `int`.
-    Ok(unsafe { ioctl(end, Pointer::<TUNSETCARRIER, _>(&mut up))? })
+    unsafe { ioctl(end, Pointer::<TUNSETCARRIER, _>(&mut up)) }.map_err(io::Error::from)
 }
