@@ -132,7 +132,7 @@ fn offer(config: &Config) -> Offer {
         ctrl_ring: false,
         xdp_headroom: false,
         max_queues: config.max_queues,
-        max_ring_page_order: 0,
+        max_ring_page_order: config.max_ring_page_order,
     }
 }
 
@@ -222,7 +222,7 @@ impl NetDevice {
         };
         let mut config = serving.config.clone();
         config.set(knob, value).map_err(Fault)?;
-        if knob == "max_queues" {
+        if matches!(knob, "max_queues" | "max_ring_page_order") {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
         serving.limits.set(config.rate, Instant::now());

@@ -5,11 +5,17 @@ use crate::limit::Rate;
 /// Most queues that can be asked for.
 pub const MAX_QUEUES: u32 = 64;
 
+/// Most pages of a ring that can be asked for, as an order.
+pub const MAX_RING_PAGE_ORDER: u32 = 4;
+
 /// How a network backend serves its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Most queues offered.
     pub max_queues: u32,
+    /// Most pages of each ring that are offered, as an order. Only frontends that know of it, as
+    /// ours, have more than one page.
+    pub max_ring_page_order: u32,
     /// Microseconds that a queue polls before it sleeps.
     pub poll_us: u32,
     /// Seconds after which frames that wait for a guest's pages are dropped.
@@ -23,6 +29,7 @@ impl Default for Config {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         Config {
             max_queues: cpus.min(MAX_QUEUES),
+            max_ring_page_order: MAX_RING_PAGE_ORDER,
             poll_us: 0,
             rx_stall_s: 10,
             rate: Rate::default(),
@@ -44,6 +51,7 @@ impl Config {
         }
         let (place, low, high) = match name {
             "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
+            "max_ring_page_order" => (&mut self.max_ring_page_order, 0, MAX_RING_PAGE_ORDER),
             "poll_us" => (&mut self.poll_us, 0, 1_000_000),
             "rx_stall_s" => (&mut self.rx_stall_s, 1, 3600),
             _ => return Err(format!("there is no knob {name}")),

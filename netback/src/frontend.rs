@@ -25,8 +25,8 @@ use rings::{Corrupt, RingCounters};
 use crate::endpoint::Accepts;
 use crate::negotiate::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify};
 use crate::stack::Link;
-use queue::Channels;
 pub use queue::FrontQueue;
+use queue::{Channels, Queue};
 use receive::Receive;
 use transmit::Transmit;
 
@@ -135,7 +135,6 @@ impl From<Corrupt> for Fault {
 /// A network device, seen from the guest. It closes when it and all its queues are dropped.
 pub struct NetFront {
     device: Arc<Device>,
-    queues: Mutex<Vec<Option<FrontQueue>>>,
     chosen: Accepted,
     offer: Offer,
     mac: Option<[u8; 6]>,
@@ -146,6 +145,8 @@ struct Device {
     node: Node,
     store: Client,
     health: Arc<Health>,
+    /// Those that nobody uses. All of them outlive the connection.
+    queues: Mutex<Vec<Option<Queue>>>,
     patience: Duration,
     /// Ends the watcher when dropped.
     stop: Mutex<Option<Sender<()>>>,
@@ -193,9 +194,15 @@ impl NetFront {
         })?;
         let mac = node.front_key(&store, "mac").or_else(|| node.back_key(&store, "mac"));
         let mtu = node.front_key(&store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
+        let health = Arc::new(Health::new()?);
+        let made = raws.into_iter().enumerate().map(|(number, raw)| {
+            let name = format!("vif-{devid}.{number}");
+            Queue::new(health.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
+        });
         let device = Arc::new(Device {
             store,
-            health: Arc::new(Health::new()?),
+            queues: Mutex::new(made.collect::<io::Result<Vec<_>>>()?),
+            health,
             patience: options.patience,
             stop: Mutex::new(None),
             watcher: Mutex::new(None),
@@ -203,23 +210,19 @@ impl NetFront {
             node,
         });
         device.watch(guest)?;
-        let made = raws.into_iter().enumerate().map(|(number, raw)| {
-            let name = format!("vif-{devid}.{number}");
-            FrontQueue::new(device.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
-        });
-        let queues = Mutex::new(made.collect::<io::Result<Vec<_>>>()?);
         let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
-        Ok(NetFront { device, queues, chosen, offer, mac, mtu })
+        Ok(NetFront { device, chosen, offer, mac, mtu })
     }
 
-    /// The queue `number`, from 0 on. It is given out once.
+    /// The queue `number`, from 0 on. A dropped one can be had again.
     pub fn queue(&self, number: usize) -> io::Result<FrontQueue> {
-        let queue = self.queues.lock().get_mut(number).and_then(Option::take);
-        queue.ok_or_else(|| {
+        let queue = self.device.queues.lock().get_mut(number).and_then(Option::take);
+        let queue = queue.ok_or_else(|| {
             let text =
                 format!("{}: queue {number} is in use, or not there", self.device.node.front);
-            io::Error::new(io::ErrorKind::NotFound, text)
-        })
+            io::Error::new(io::ErrorKind::ResourceBusy, text)
+        })?;
+        Ok(FrontQueue::new(queue, number, self.device.clone()))
     }
     /// How many queues there are.
     pub fn queues(&self) -> usize {
@@ -246,10 +249,12 @@ impl NetFront {
     pub fn fault(&self) -> Option<String> {
         self.device.health.reason()
     }
-    /// Closes by the handshake and reports what went wrong, which `Drop` could only log. Its queues
-    /// should have been dropped: they move nothing any more.
+    /// Closes by the handshake and reports what went wrong, which `Drop` could only log. All queues
+    /// must have been dropped (ResourceBusy).
     pub fn close(self) -> io::Result<()> {
-        self.queues.lock().clear();
+        if self.device.queues.lock().iter().any(Option::is_none) && self.fault().is_none() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "a queue is in use"));
+        }
         self.device.close()
     }
     /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
@@ -347,6 +352,12 @@ impl Raw {
 }
 
 impl Device {
+    fn take_back(&self, number: usize, queue: Queue) {
+        if let Some(place) = self.queues.lock().get_mut(number) {
+            *place = Some(queue);
+        }
+    }
+
     fn watch(&self, guest: &dyn Guest) -> io::Result<()> {
         let (stop, stopped) = bounded(0);
         let (store, node, health) = (guest.store()?, self.node.clone(), self.health.clone());

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hypervisor::EventChannel;
-use hypervisor::xenbus::front::Stage;
+use hypervisor::xenbus::front::{Health, Stage};
 use rings::{Notify, Pending};
 use rustix::event::epoll;
 
@@ -48,9 +48,79 @@ impl Channels {
     }
 }
 
-/// One queue, to be driven by one thread. Its device stays connected as long as it lives.
+/// One queue in use, to be driven by one thread. Its device stays connected as long as it lives;
+/// dropped, it goes back there with its rings and channels, for a backend gives up a device one of
+/// whose channels closes.
 pub struct FrontQueue {
+    queue: Option<Queue>,
+    number: usize,
     device: Arc<Device>,
+}
+
+impl FrontQueue {
+    pub(super) fn new(queue: Queue, number: usize, device: Arc<Device>) -> FrontQueue {
+        FrontQueue { queue: Some(queue), number, device }
+    }
+    fn queue(&mut self) -> io::Result<&mut Queue> {
+        self.queue.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+    /// What it has counted.
+    pub fn totals(&self) -> Totals {
+        self.queue.as_ref().map_or_else(Totals::default, |queue| queue.totals)
+    }
+    /// Whether all that was sent has been answered.
+    pub fn is_idle(&mut self) -> io::Result<bool> {
+        let queue = self.queue()?;
+        queue.reap()?;
+        Ok(queue.transmit.is_idle())
+    }
+    /// The hash that came with the last packet that had one (`XEN_NETIF_EXTRA_TYPE_HASH`).
+    pub fn last_hash(&self) -> Option<u32> {
+        self.queue.as_ref().and_then(|queue| queue.receive.hash)
+    }
+    /// Tells the backend which group address is wanted (`XEN_NETIF_EXTRA_TYPE_MCAST_ADD`) or not
+    /// any longer. WouldBlock: the ring is full.
+    pub fn multicast(&mut self, extra: Extra) -> io::Result<()> {
+        let queue = self.queue()?;
+        queue.reap()?;
+        match queue.transmit.push_control(extra) {
+            Pushed::Yes => queue.publish(),
+            Pushed::Later | Pushed::Never => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+}
+
+impl Drop for FrontQueue {
+    fn drop(&mut self) {
+        if let Some(queue) = self.queue.take() {
+            self.device.take_back(self.number, queue);
+        }
+    }
+}
+
+impl EndpointQueue for FrontQueue {
+    fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
+        self.queue()?.send(frames, pool)
+    }
+    fn receive(
+        &mut self,
+        frames: &mut VecDeque<Frame>,
+        room: usize,
+        pool: &mut Pool,
+    ) -> io::Result<()> {
+        self.queue()?.receive(frames, room, pool)
+    }
+    fn waits(&self) -> Waits<'_> {
+        self.queue.as_ref().map_or_else(Waits::default, Queue::waits)
+    }
+    fn take_dropped(&mut self) -> u64 {
+        self.queue.as_mut().map_or(0, |queue| std::mem::take(&mut queue.dropped))
+    }
+}
+
+/// What a queue is made of.
+pub(super) struct Queue {
+    health: Arc<Health>,
     name: String,
     transmit: Transmit,
     receive: Receive,
@@ -68,22 +138,22 @@ pub struct FrontQueue {
     dropped: u64,
 }
 
-impl FrontQueue {
+impl Queue {
     pub(super) fn new(
-        device: Arc<Device>,
+        health: Arc<Health>,
         name: String,
         transmit: Transmit,
         receive: Receive,
         channels: Channels,
-    ) -> io::Result<FrontQueue> {
+    ) -> io::Result<Queue> {
         let any = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let fds = [Some(channels.rx().as_fd()), Some(device.health.wake())];
+        let fds = [Some(channels.rx().as_fd()), Some(health.wake())];
         let second = channels.is_split().then(|| channels.tx().as_fd());
         for fd in fds.into_iter().chain([second]).flatten() {
             epoll::add(&any, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
-        let mut queue = FrontQueue {
-            device,
+        let mut queue = Queue {
+            health,
             name,
             transmit,
             receive,
@@ -99,40 +169,16 @@ impl FrontQueue {
         Ok(queue)
     }
 
-    /// What it has counted.
-    pub fn totals(&self) -> Totals {
-        self.totals
-    }
-    /// Whether all that was sent has been answered.
-    pub fn is_idle(&mut self) -> io::Result<bool> {
-        self.reap()?;
-        Ok(self.transmit.is_idle())
-    }
-    /// The hash that came with the last packet that had one (`XEN_NETIF_EXTRA_TYPE_HASH`).
-    pub fn last_hash(&self) -> Option<u32> {
-        self.receive.hash
-    }
-
-    /// Tells the backend which group address is wanted (`XEN_NETIF_EXTRA_TYPE_MCAST_ADD`) or not
-    /// any longer. WouldBlock: the ring is full.
-    pub fn multicast(&mut self, extra: Extra) -> io::Result<()> {
-        self.reap()?;
-        match self.transmit.push_control(extra) {
-            Pushed::Yes => self.publish(),
-            Pushed::Later | Pushed::Never => Err(io::ErrorKind::WouldBlock.into()),
-        }
-    }
-
     /// Disables the device for what its backend has done.
     fn broken(&self, fault: &Fault) -> io::Error {
-        self.device.health.fail(format!("{}: {fault}", self.name));
+        self.health.fail(format!("{}: {fault}", self.name));
         io::Error::new(io::ErrorKind::InvalidData, format!("{}: {fault}", self.name))
     }
 
     fn check(&self) -> io::Result<()> {
-        match self.device.health.stage() {
+        match self.health.stage() {
             Stage::Broken => {
-                let why = self.device.health.reason().unwrap_or_default();
+                let why = self.health.reason().unwrap_or_default();
                 Err(io::Error::new(io::ErrorKind::NotConnected, format!("{}: {why}", self.name)))
             }
             Stage::Connected | Stage::Closing => Ok(()),
@@ -204,7 +250,7 @@ impl FrontQueue {
     }
 }
 
-impl EndpointQueue for FrontQueue {
+impl Queue {
     fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
         self.check()?;
         (self.blocked, self.room_since) = (false, None);
@@ -250,9 +296,5 @@ impl EndpointQueue for FrontQueue {
 
     fn waits(&self) -> Waits<'_> {
         Waits { readable: Some(self.any.as_fd()), writable: None, deadline: self.room_since }
-    }
-
-    fn take_dropped(&mut self) -> u64 {
-        std::mem::take(&mut self.dropped)
     }
 }

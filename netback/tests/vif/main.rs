@@ -106,7 +106,29 @@ fn four_queues_each_with_its_own_packets() {
                 thread.join().unwrap_or_else(|_| panic!("{}", rig.counters(DEVID)));
             }
         });
+        let again = front.queue(0).unwrap();
         assert!(front.queue(0).is_err(), "a queue was given out twice");
+        drop(again);
+        front.close().unwrap();
+    }
+}
+
+#[test]
+fn rings_of_several_pages() {
+    let rig = Rig::start("loopback", &[("mtu", "65535")]);
+    for order in [0, 2, 4] {
+        let options = FrontOptions {
+            max_ring_page_order: order,
+            tx_pages: 4096,
+            rx_pages: 4096,
+            ..FrontOptions::default()
+        };
+        let front = rig.connect(&options);
+        let keys = &front.chosen().queues[0];
+        assert_eq!((keys.tx_refs.len(), keys.rx_refs.len()), (1 << order, 1 << order));
+        let mut driver = Driver::new(front.queue(0).unwrap(), 128);
+        round_trip(&mut driver, order.into(), 1000, 65_535);
+        drop(driver);
         front.close().unwrap();
     }
 }

@@ -201,7 +201,13 @@ impl Driver {
                 continue;
             }
             let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{} of {count} frames came", self.got.len());
+            assert!(
+                !left.is_zero(),
+                "{} of {count} frames came; {} are to be sent; {:?}",
+                self.got.len(),
+                self.sent.len(),
+                self.queue.totals()
+            );
             self.sleep(left);
         }
     }

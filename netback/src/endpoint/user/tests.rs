@@ -219,3 +219,70 @@ fn a_guest_that_takes_nothing_costs_no_more_than_its_frames() {
     queue.receive(&mut got, 1000, &mut pool).expect("received");
     assert_eq!(got.len() + pool.free(), 64);
 }
+
+/// A frame to the gateway: headers that make it as far as possible, and then whatever `bytes` say.
+fn strange(bytes: &[u8], kind: u8, protocol: u8, fragment: u16) -> Vec<u8> {
+    let mut frame = GATEWAY_MAC.0.to_vec();
+    frame.extend_from_slice(&[2, 0, 0, 0, 0, 1]);
+    match kind % 4 {
+        0 | 1 => {
+            frame.extend_from_slice(&[8, 0, 0x45, 0]);
+            frame.extend_from_slice(&(20 + bytes.len() as u16).to_be_bytes());
+            frame.extend_from_slice(&[0, 7]);
+            frame.extend_from_slice(&fragment.to_be_bytes());
+            frame.extend_from_slice(&[64, protocol, 0, 0]);
+            // From the guest, from nobody, from all.
+            let from = [GUEST.octets(), [0; 4], [255; 4], [10, 0, 2, 255]];
+            frame.extend_from_slice(&from[usize::from(kind / 4) % 4]);
+            frame.extend_from_slice(&GATEWAY.octets());
+            let sum = !crate::checksum::fold(crate::checksum::sum(&frame[14..34]));
+            frame[24..26].copy_from_slice(&sum.to_ne_bytes());
+        }
+        2 => {
+            frame.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0]);
+            frame.extend_from_slice(&(bytes.len() as u16).to_be_bytes());
+            frame.extend_from_slice(&[protocol, 255]);
+            frame.extend_from_slice(&Ipv6Address::new(0xfec0, 0, 0, 0, 0, 0, 0, 15).octets());
+            frame.extend_from_slice(&GATEWAY6.octets());
+        }
+        _ => frame.extend_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]),
+    }
+    frame.extend_from_slice(bytes);
+    frame
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_guest_is_too_strange(
+        packets in proptest::collection::vec(
+            (
+                proptest::collection::vec(proptest::num::u8::ANY, 0..120),
+                proptest::num::u8::ANY,
+                proptest::sample::select(vec![1u8, 2, 6, 17, 58, 0, 43, 44, 60, 41]),
+                proptest::sample::select(vec![0u16, 0, 0, 0x2000, 0x2001, 1, 0x1fff, 0x3fff]),
+                proptest::sample::select(vec![0u16, 80, 7, 67]),
+            ),
+            1..60,
+        ),
+    ) {
+        let net = UserNet::new(1500);
+        net.connect(1, ALL).expect("a network");
+        let (mut queue, mut pool) = (net.queue(0).expect("a queue"), Pool::private(64));
+        for (mut bytes, kind, protocol, fragment, port) in packets {
+            if let Some(to) = bytes.get_mut(2..4) {
+                to.copy_from_slice(&port.to_be_bytes());
+            }
+            let bytes = strange(&bytes, kind, protocol, fragment);
+            let mut frame = pool.take().expect("a frame");
+            frame.set_len(bytes.len());
+            frame.copy_from_slice(&bytes);
+            // As a guest says that leaves its checksums to others.
+            frame.offload.checksum = crate::frame::Checksum::Valid;
+            let mut frames = VecDeque::from([frame]);
+            queue.send(&mut frames, &mut pool).expect("sent");
+            let mut got = VecDeque::new();
+            queue.receive(&mut got, 32, &mut pool).expect("received");
+            got.drain(..).for_each(|frame| pool.give(frame));
+        }
+    }
+}
