@@ -79,18 +79,20 @@ iperf() {
   echo "iperf3 $*: $(grep -E 'sender|receiver' $CTL/iperf.out | tail -n 2 | tr -s ' ' | tr '\n' ';')"
 }
 
-# file_both_ways GUEST MIB: a file to dom0 and back, with equal checksums
+# file_both_ways GUEST MIB: a file to dom0 and back, with equal checksums. nc ends at its peer's end of input: who only reads has
+# an input without an end (a FIFO that it holds open itself).
 file_both_ways() {
+  rm -f $CTL/endless && mkfifo $CTL/endless
   gm "$1" "head -c $(($2 * 1048576)) /dev/urandom > /tmp/f && sha256sum < /tmp/f" 60 > $CTL/file.sha
   want=$(grep -oE '^[0-9a-f]{64}' $CTL/file.sha)
-  (nc -l -p 7001 > /scratch/got < /dev/null) & reader=$!
+  (nc -l -p 7001 > /scratch/got 0<> $CTL/endless) & reader=$!
   usleep 500000
   gm "$1" "nc $DOM0_V4 7001 < /tmp/f" 60
   wait $reader
   same "a file from the guest" "$want" "$(sha /scratch/got)"
   (nc -l -p 7002 < /scratch/got > /dev/null) & writer=$!
   usleep 500000
-  gm "$1" "nc $DOM0_V4 7002 < /dev/null > /tmp/back; sha256sum < /tmp/back" 60 > $CTL/file.sha
+  gm "$1" "rm -f /tmp/endless; mkfifo /tmp/endless; nc $DOM0_V4 7002 0<> /tmp/endless > /tmp/back; sha256sum < /tmp/back" 60 > $CTL/file.sha
   wait $writer
   same "a file to the guest" "$want" "$(grep -oE '^[0-9a-f]{64}' $CTL/file.sha)"
   rm -f /scratch/got
