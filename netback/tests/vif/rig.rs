@@ -211,8 +211,4 @@ impl Driver {
             self.sleep(left);
         }
     }
-    /// The frames that came go back to the pool.
-    pub(crate) fn give_back(&mut self) {
-        self.got.drain(..).for_each(|frame| self.pool.give(frame));
-    }
 }
