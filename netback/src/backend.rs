@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
@@ -14,6 +15,7 @@ use crate::config::Config;
 use crate::control::{self, Command};
 use crate::endpoint::Endpoint;
 use crate::endpoint::tap::{Persistence, Tap};
+use crate::limit::{self, Limits};
 use crate::negotiate::{Accepted, Offer};
 use crate::queue::{Queue, Start};
 use crate::rx::Shape;
@@ -115,6 +117,7 @@ struct NetDevice {
 struct Serving {
     queues: Vec<Queue>,
     config: Config,
+    limits: Arc<Limits>,
     _stats: Option<StatsPage>,
 }
 
@@ -143,6 +146,9 @@ impl NetDevice {
         let mut config = self.config.clone();
         if let Some(options) = nodes.own("options")? {
             config.set_all(&options).map_err(|e| Fault(format!("options: {e}")))?;
+        }
+        if let Some(bytes) = nodes.own("rate")?.as_deref().and_then(limit::parse) {
+            config.rate.bytes = bytes;
         }
         Ok(config)
     }
@@ -184,6 +190,7 @@ impl NetDevice {
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
+        let limits = Arc::new(Limits::new(config.rate, Instant::now()));
         let mut queues = Vec::new();
         for (number, keys) in accepted.queues.iter().enumerate() {
             queues.push(Queue::start(Start {
@@ -196,6 +203,7 @@ impl NetDevice {
                 accepts: accepted.accepts,
                 leaves_host: endpoint.abilities().into(),
                 rx_notify: accepted.rx_notify,
+                limits: limits.clone(),
                 shape: Shape { headroom: accepted.xdp_headroom },
                 faults: faults.clone(),
                 tx_counters: block(&stats, &format!("tx-ring-{number}")),
@@ -204,7 +212,7 @@ impl NetDevice {
             })?);
         }
         host.keep()?;
-        Ok(Serving { queues, config: config.clone(), _stats: stats })
+        Ok(Serving { queues, config: config.clone(), limits, _stats: stats })
     }
 
     /// Changes a knob of the running queues.
@@ -217,6 +225,7 @@ impl NetDevice {
         if matches!(knob, "max_queues" | "max_ring_page_order") {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
+        serving.limits.set(config.rate, Instant::now());
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;
         Ok(json!({"knob": knob, "value": value}))

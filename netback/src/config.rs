@@ -1,5 +1,7 @@
 //! The knobs of a network backend.
 
+use crate::limit::Rate;
+
 /// Most queues that can be asked for.
 pub const MAX_QUEUES: u32 = 64;
 
@@ -18,6 +20,8 @@ pub struct Config {
     pub poll_us: u32,
     /// Seconds after which frames that wait for a guest's pages are dropped.
     pub rx_stall_s: u32,
+    /// How much a vif may move each way.
+    pub rate: Rate,
 }
 
 impl Default for Config {
@@ -28,6 +32,7 @@ impl Default for Config {
             max_ring_page_order: MAX_RING_PAGE_ORDER,
             poll_us: 0,
             rx_stall_s: 10,
+            rate: Rate::default(),
         }
     }
 }
@@ -35,6 +40,15 @@ impl Default for Config {
 impl Config {
     /// Sets the knob `name`.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let rate = match name {
+            "rate_bytes" => Some(&mut self.rate.bytes),
+            "rate_packets" => Some(&mut self.rate.packets),
+            _ => None,
+        };
+        if let Some(rate) = rate {
+            *rate = value.parse().map_err(|_| format!("{name}={value}: a number a second"))?;
+            return Ok(());
+        }
         let (place, low, high) = match name {
             "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
             "max_ring_page_order" => (&mut self.max_ring_page_order, 0, MAX_RING_PAGE_ORDER),

@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::Pool;
+use crate::limit::Limits;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
 use crate::proto::{Rx, Tx};
@@ -123,6 +124,7 @@ pub(crate) struct Start<'a> {
     pub leaves_host: Leaves,
     pub rx_notify: RxNotify,
     pub shape: Shape,
+    pub limits: Arc<Limits>,
     pub faults: Faults,
     pub tx_counters: Handle<RingCounters>,
     pub rx_counters: Handle<RingCounters>,
@@ -191,6 +193,7 @@ impl Queue {
             leaves_host: start.leaves_host,
             leaves_guest: start.accepts.into(),
             rx_notify: start.rx_notify,
+            limits: start.limits,
             poller: Poller::new(start.config.poll_us),
             stall: std::time::Duration::from_secs(start.config.rx_stall_s.into()),
             run: Run::default(),

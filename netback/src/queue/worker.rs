@@ -21,6 +21,7 @@ use super::{Channels, Held, Ring, Shared};
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::{Frame, Pool};
+use crate::limit::Limits;
 use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
 use crate::proto::{Rx, RxRequest, Tx};
@@ -53,6 +54,7 @@ pub(super) struct Worker {
     pub leaves_host: Leaves,
     pub leaves_guest: Leaves,
     pub rx_notify: RxNotify,
+    pub limits: Arc<Limits>,
     pub poller: Poller,
     pub stall: Duration,
     pub run: Run,
@@ -76,6 +78,8 @@ pub(super) struct Run {
     ops: Vec<CopyOp>,
     /// Since when frames have been waiting for pages.
     blocked: Option<Instant>,
+    /// The limits' waits, each way; what waits for them stays where it is.
+    limited: [Option<Duration>; 2],
     /// They waited for too long: frames are dropped until pages come.
     stalled: bool,
     spurious: u32,
@@ -153,14 +157,14 @@ impl Worker {
 
     /// Asks for the events that matter now; whether there is work after all.
     fn arm(&mut self) -> Result<bool, Fault> {
-        // While the endpoint takes nothing, nothing is taken from the guest.
-        if self.run.to_host.is_empty() {
+        // While the endpoint takes nothing, or the limit is reached, nothing is taken from the guest.
+        if self.run.to_host.is_empty() && self.run.limited[0].is_none() {
             let pending = self.tx.arm().map_err(|e| self.corrupt(&e))?;
             if pending == Pending::Work {
                 return Ok(true);
             }
         }
-        if self.waits_for_pages() {
+        if self.waits_for_pages() && self.run.limited[1].is_none() {
             let pending = self.rx.arm().map_err(|e| self.corrupt(&e))?;
             return Ok(pending == Pending::Work);
         }
@@ -192,7 +196,8 @@ impl Worker {
         self.counters.sleeps.add(1);
         self.take_knobs();
         let before = Instant::now();
-        let timeout = self.deadline(before);
+        let [tx, rx] = self.run.limited;
+        let timeout = [self.deadline(before), tx, rx].into_iter().flatten().min();
         // Frames are left with the endpoint while others wait for the guest.
         let hungry = self.run.to_guest.is_empty() || self.run.stalled;
         let [first, second, woken] = self.wait_for(hungry, timeout)?;

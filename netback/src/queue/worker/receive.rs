@@ -63,6 +63,8 @@ impl Worker {
     fn lay_out(&mut self) -> Result<bool, Fault> {
         self.run.ops.clear();
         let mut sent = 0;
+        self.run.limited[1] = None;
+        let now = Instant::now();
         while let Some(frame) = self.run.to_guest.front() {
             if !self.fits(frame) {
                 self.counters.rx_dropped_size.add(1);
@@ -74,7 +76,12 @@ impl Worker {
             if slots > self.run.pages.len() || sent == BATCH {
                 break;
             }
+            self.run.limited[1] = self.limits.rx.wait(now);
+            if self.run.limited[1].is_some() {
+                break;
+            }
             let Some(frame) = self.run.to_guest.pop_front() else { break };
+            self.limits.rx.charge(frame.len(), now);
             self.spread(&frame, slots);
             // Its memory is read by the copy; only then does it go back to the pool.
             self.run.arrived.push_back(frame);
@@ -131,7 +138,8 @@ impl Worker {
         if new_pages {
             self.run.stalled = false;
         }
-        if self.run.to_guest.is_empty() {
+        // Who waits for the limit does not wait for the guest.
+        if self.run.to_guest.is_empty() || self.run.limited[1].is_some() {
             self.run.blocked = None;
             return;
         }

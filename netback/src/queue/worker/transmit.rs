@@ -1,5 +1,7 @@
 //! From the guest to the endpoint.
 
+use std::time::Instant;
+
 use hypervisor::xenbus::Fault;
 use rings::Notify;
 
@@ -42,13 +44,20 @@ impl Worker {
     fn gather(&mut self) -> Result<bool, Fault> {
         let mut taken = false;
         self.run.ops.clear();
+        let now = Instant::now();
         while self.run.packets.packets().len() < BATCH && self.pool.free() > RESERVE {
+            self.run.limited[0] = self.limits.tx.wait(now);
+            if self.run.limited[0].is_some() {
+                break;
+            }
             let Some(entry) = self.tx.take().map_err(|e| self.corrupt(&e))? else { break };
             taken = true;
             self.run.taken.push_back(entry.slot);
             let complete = self.run.packets.push(&entry.req);
             if complete.map_err(|e| Fault(format!("{}: {e}", self.name)))? {
                 self.place();
+                let len = self.run.packets.packets().last().map_or(0, |packet| packet.len);
+                self.limits.tx.charge(len.into(), now);
             }
         }
         Ok(taken)
