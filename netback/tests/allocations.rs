@@ -140,7 +140,7 @@ fn run(driver: &mut Driver, count: usize) {
         }
         driver.until_got(32);
         sent += driver.got.len();
-        driver.give_back();
+        driver.got.drain(..).for_each(|frame| driver.pool.give(frame));
     }
 }
 

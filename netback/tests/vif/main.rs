@@ -133,60 +133,84 @@ fn rings_of_several_pages() {
     }
 }
 
-/// A TCP packet over IPv4 of `payload` bytes, whose checksum is blank.
-fn tcp4(payload: usize) -> Vec<u8> {
-    let mut bytes = vec![0; 54 + payload];
-    bytes[12..15].copy_from_slice(&[8, 0, 0x45]);
-    bytes[16..18].copy_from_slice(&(40 + payload as u16).to_be_bytes());
-    bytes[22..24].copy_from_slice(&[64, 6]);
-    bytes[26..34].copy_from_slice(&[10, 0, 2, 2, 10, 0, 2, 15]);
-    bytes[46..48].copy_from_slice(&[0x50, 0x18]);
-    for (n, byte) in bytes[54..].iter_mut().enumerate() {
-        *byte = mix(n as u64) as u8;
-    }
-    bytes
+/// A TCP packet of `payload` bytes; where its TCP header begins.
+fn tcp_packet(kind: GsoKind, payload: usize) -> (Vec<u8>, usize) {
+    let mut bytes = vec![0; 12];
+    let start = match kind {
+        GsoKind::TcpV4 => {
+            bytes.extend_from_slice(&[8, 0, 0x45, 0]);
+            bytes.extend_from_slice(&(40 + payload as u16).to_be_bytes());
+            bytes.extend_from_slice(&[0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 2, 2, 10, 0, 2, 15]);
+            34
+        }
+        GsoKind::TcpV6 => {
+            bytes.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0]);
+            bytes.extend_from_slice(&(20 + payload as u16).to_be_bytes());
+            bytes.extend_from_slice(&[6, 64]);
+            bytes.extend((0..32).map(|n| if n % 16 == 0 { 0xfd } else { n }));
+            54
+        }
+    };
+    assert_eq!(bytes.len(), start);
+    bytes.extend_from_slice(&[
+        0, 80, 0x9c, 0x40, 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x18, 1, 0, 0, 0, 0, 0,
+    ]);
+    bytes.extend((0..payload).map(|n| mix(n as u64) as u8));
+    (bytes, start)
 }
 
-/// The sum over a TCP packet with its pseudo-header: 0xffff if its checksum is right.
-fn tcp_sum(frame: &[u8]) -> u16 {
-    let (len, mut sum) = (frame.len() - 34, 6u32);
-    sum += len as u32;
-    for pair in frame[26..34].chunks(2).chain(frame[34..].chunks(2)) {
+/// Whether a TCP packet's checksum is right.
+fn is_summed(frame: &[u8], start: usize) -> bool {
+    let addresses = if start == 34 { 26..34 } else { 22..54 };
+    let mut sum = 6 + (frame.len() - start) as u32;
+    for pair in frame[addresses].chunks(2).chain(frame[start..].chunks(2)) {
         sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    sum as u16
+    sum == 0xffff
+}
+
+/// Sends an unsegmented packet through a loopback to a guest that takes what `accepts` says.
+fn unsegmented(rig: &Rig, kind: GsoKind, accepts: Accepts) {
+    let v4 = kind == GsoKind::TcpV4;
+    let (whole, blank) =
+        if v4 { (accepts.tso4, accepts.checksum4) } else { (accepts.tso6, accepts.checksum6) };
+    let front = rig.connect(&FrontOptions { accepts, ..FrontOptions::default() });
+    let mut driver = Driver::new(front.queue(0).unwrap(), 128);
+    let payload = 60_000;
+    let (bytes, start) = tcp_packet(kind, payload);
+    let mut frame = driver.frame(&bytes);
+    frame.offload.checksum = Checksum::Blank { start: start as u16, offset: 16 };
+    frame.offload.gso = Some(Gso { kind, size: 1428 });
+    driver.sent.push_back(frame);
+    driver.until_got(if whole { 1 } else { payload.div_ceil(1428) });
+    let mut all = Vec::new();
+    for frame in &driver.got {
+        assert_eq!(frame.offload.gso.is_some(), whole);
+        match frame.offload.checksum {
+            Checksum::Blank { start: found, offset } => {
+                assert!(blank, "a blank checksum for one who takes none");
+                assert_eq!((usize::from(found), offset), (start, 16));
+            }
+            _ => assert!(is_summed(frame, start), "a wrong checksum"),
+        }
+        all.extend_from_slice(&frame[start + 20..]);
+    }
+    assert!(all == bytes[start + 20..], "the payload has changed");
+    assert_eq!(driver.queue.totals().tx_gso, 1);
+    drop(driver);
+    front.close().unwrap();
 }
 
 #[test]
 fn unsegmented_packets_come_back_whole_or_cut_with_right_checksums() {
     let rig = Rig::start("loopback", &[("mtu", "65535")]);
-    for accepts in [ALL, Accepts { tso4: false, ..ALL }, Accepts { scatter: true, ..NONE }] {
-        let front = rig.connect(&FrontOptions { accepts, ..FrontOptions::default() });
-        let mut driver = Driver::new(front.queue(0).unwrap(), 128);
-        let payload = 60_000;
-        let bytes = tcp4(payload);
-        let mut frame = driver.frame(&bytes);
-        frame.offload.checksum = Checksum::Blank { start: 34, offset: 16 };
-        frame.offload.gso = Some(Gso { kind: GsoKind::TcpV4, size: 1448 });
-        driver.sent.push_back(frame);
-        let count = if accepts.tso4 { 1 } else { payload.div_ceil(1448) };
-        driver.until_got(count);
-        let mut all = Vec::new();
-        for frame in &driver.got {
-            assert_eq!(frame.offload.gso.is_some(), accepts.tso4);
-            match frame.offload.checksum {
-                Checksum::Blank { start, offset } => {
-                    assert!(accepts.checksum4, "a blank checksum for one who takes none");
-                    assert_eq!((start, offset), (34, 16));
-                }
-                _ => assert_eq!(tcp_sum(frame), 0xffff, "a wrong checksum"),
-            }
-            all.extend_from_slice(&frame[54..]);
+    for kind in [GsoKind::TcpV4, GsoKind::TcpV6] {
+        for accepts in
+            [ALL, Accepts { tso4: false, tso6: false, ..ALL }, Accepts { scatter: true, ..NONE }]
+        {
+            unsegmented(&rig, kind, accepts);
         }
-        assert!(all == bytes[54..], "the payload has changed");
-        drop(driver);
-        front.close().unwrap();
     }
 }
 

@@ -211,9 +211,4 @@ impl Driver {
             self.sleep(left);
         }
     }
-    /// The frames that came go back to the pool. The test that counts allocations has this file too.
-    #[allow(dead_code)]
-    pub(crate) fn give_back(&mut self) {
-        self.got.drain(..).for_each(|frame| self.pool.give(frame));
-    }
 }
