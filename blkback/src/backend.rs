@@ -16,6 +16,7 @@ use blktap::storage::{Access, Cache, Lock, OpenOptions, Sharing};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
+    inflight,
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
@@ -23,7 +24,7 @@ use serde_json::{Value, json};
 
 use crate::config::{ChangedLog, Config, GrantMode, Ordering, Reach};
 use crate::control::{self, Command};
-use crate::inflight::{self, Tables};
+use crate::inflight::tables;
 use crate::live::{self, Jobs, Task};
 use crate::negotiate::{Accepted, DiskKeys, Offer};
 use crate::proto::vdev::Vdev;
@@ -264,7 +265,7 @@ impl BlkDevice {
             GrantMode::Persistent if !accepted.persistent => GrantMode::Copy,
             wanted => wanted,
         };
-        let tables = Tables::of(&self.run_dir, &self.id, &accepted, how);
+        let tables = tables(&self.run_dir, &self.id, &accepted, how);
         for (number, (queue, table)) in accepted.queues.iter().zip(tables.memory).enumerate() {
             serving.queues.push(Queue::start(Start {
                 hypervisor: &*self.hypervisor,

@@ -1,3 +1,4 @@
+use hypervisor::xenbus::inflight::{Past, forget, path};
 use rings::inflight::InFlight;
 
 use super::*;
@@ -32,7 +33,7 @@ fn lost(tables: &Tables) -> &str {
 #[test]
 fn a_successor_finds_the_tables_of_the_same_rings() {
     let run = tempfile::tempdir().unwrap();
-    let of = |accepted: &Accepted, how| Tables::of(run.path(), &id(), accepted, how);
+    let of = |accepted: &Accepted, how| tables(run.path(), &id(), accepted, how);
     let tables = of(&accepted(), Meeting::Fresh);
     assert_eq!(tables.past, Past::None);
     for (n, memory) in (0u32..).zip(&tables.memory) {
@@ -63,15 +64,15 @@ fn those_of_other_rings_are_not_taken() {
         ("another layout", |a| a.protocol = Protocol::X86_32),
     ];
     for (what, change) in changes {
-        drop(Tables::of(run.path(), &id(), &accepted(), Meeting::Fresh));
+        drop(tables(run.path(), &id(), &accepted(), Meeting::Fresh));
         let mut other = accepted();
         change(&mut other);
-        let tables = Tables::of(run.path(), &id(), &other, Meeting::Attach);
+        let tables = tables(run.path(), &id(), &other, Meeting::Attach);
         assert!(lost(&tables).contains("is of another"), "{what}: {}", lost(&tables));
         assert_eq!(tables.memory.len(), other.queues.len());
     }
     forget(run.path(), &id());
-    let tables = Tables::of(run.path(), &id(), &accepted(), Meeting::Attach);
+    let tables = tables(run.path(), &id(), &accepted(), Meeting::Attach);
     assert!(lost(&tables).contains("vbd-51712.inflight is not there"), "{}", lost(&tables));
 }
 
@@ -80,7 +81,7 @@ fn those_of_other_rings_are_not_taken() {
 fn where_no_file_can_be_made_the_tables_lie_on_the_heap() {
     let run = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(path(run.path(), &id()).with_extension("inflight.new")).unwrap();
-    let tables = Tables::of(run.path(), &id(), &accepted(), Meeting::Fresh);
+    let tables = tables(run.path(), &id(), &accepted(), Meeting::Fresh);
     for memory in &tables.memory {
         assert!(Table::<Req, _>::format(memory.clone(), slots()).is_ok());
     }

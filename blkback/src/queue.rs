@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use blktap::Disk;
 use blktap::engine::EngineCounters;
 use blktap::filters::stall::Stall;
+use hypervisor::xenbus::inflight::{Past, TableMemory};
 use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
 use parking_lot::Mutex;
@@ -24,7 +25,6 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, GrantMode};
 use crate::counters::QueueCounters;
-use crate::inflight::{Past, TableMemory};
 use crate::negotiate::{Protocol, QueueKeys};
 use crate::proto::{Abi, Limits, Native, Ring, X86_32, X86_64};
 use memory::Memory;

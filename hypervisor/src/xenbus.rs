@@ -6,6 +6,7 @@
 mod control;
 mod device;
 pub mod front;
+pub mod inflight;
 pub mod lasting;
 mod log_limit;
 pub mod machine;

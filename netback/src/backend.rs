@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
+    inflight,
 };
 use hypervisor::{DomId, Hypervisor};
 use perf::page::{Builder, StatsPage};
@@ -15,6 +16,7 @@ use crate::config::Config;
 use crate::control::{self, Command};
 use crate::endpoint::Endpoint;
 use crate::endpoint::tap::{Persistence, Tap};
+use crate::inflight::tables;
 use crate::limit::{self, Limits};
 use crate::negotiate::{Accepted, Offer};
 use crate::queue::{Queue, Start};
@@ -183,16 +185,19 @@ impl NetDevice {
         nodes: &Nodes,
         config: &Config,
         accepted: &Accepted,
-        faults: &Faults,
+        (how, faults): (Meeting, &Faults),
     ) -> Result<Serving, Fault> {
         let stats = self.stats(accepted.queues.len());
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
+        let run_dir = self.run_dir.clone();
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
         let limits = Arc::new(Limits::new(config.rate, Instant::now()));
+        let tables = tables(&run_dir, &id, accepted, how);
         let mut queues = Vec::new();
-        for (number, keys) in accepted.queues.iter().enumerate() {
+        let both = tables.memory.as_chunks().0.iter();
+        for (number, (keys, [tx_table, rx_table])) in accepted.queues.iter().zip(both).enumerate() {
             queues.push(Queue::start(Start {
                 hypervisor: &*hypervisor,
                 endpoint: endpoint.queue(number)?,
@@ -200,6 +205,9 @@ impl NetDevice {
                 name: format!("vif-{}-{}.{number}", id.domid, id.devid),
                 domid: id.domid as DomId,
                 keys,
+                tx_table,
+                rx_table,
+                past: &tables.past,
                 accepts: accepted.accepts,
                 leaves_host: endpoint.abilities().into(),
                 rx_notify: accepted.rx_notify,
@@ -231,6 +239,15 @@ impl NetDevice {
         Ok(json!({"knob": knob, "value": value}))
     }
 
+    /// The guest is done with what the vif connects to.
+    fn part(&self) {
+        let Some(host) = &self.host else { return };
+        host.endpoint().disconnect();
+        if let Err(e) = host.forget() {
+            tracing::warn!("{}: {e}", self.id);
+        }
+    }
+
     /// Ends the queues; whether there were any.
     fn stop(&mut self) -> bool {
         let Some(mut serving) = self.serving.take() else { return false };
@@ -253,7 +270,7 @@ impl Device for NetDevice {
         let config = self.config_of(nodes)?;
         let accepted = Accepted::read(&offer(&config), |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
-        let serving = self.start(nodes, &config, &accepted, &faults)?;
+        let serving = self.start(nodes, &config, &accepted, (how, &faults))?;
         if self.log.permits(&self.id) {
             tracing::info!(
                 "{}: {} with {} queue(s)",
@@ -270,13 +287,9 @@ impl Device for NetDevice {
         if !self.stop() {
             return;
         }
-        if let Some(host) = &self.host
-            && why == Parting::Frontend
-        {
-            host.endpoint().disconnect();
-            if let Err(e) = host.forget() {
-                tracing::warn!("{}: {e}", self.id);
-            }
+        if why == Parting::Frontend {
+            inflight::forget(&self.run_dir, &self.id);
+            self.part();
         }
         if self.log.permits(&self.id) {
             tracing::info!("{}: disconnected", self.id);

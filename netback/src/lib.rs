@@ -12,6 +12,7 @@ mod counters;
 pub mod endpoint;
 pub mod frame;
 pub mod frontend;
+mod inflight;
 pub mod limit;
 pub mod negotiate;
 pub mod offload;

@@ -9,12 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use hypervisor::xenbus::inflight::{Past, TableMemory};
 use hypervisor::xenbus::{Fault, Faults};
 use hypervisor::{Access, DomId, EventChannel, Grants, Hypervisor, SharedMapping};
 use parking_lot::Mutex;
 use perf::Handle;
 use perf::polling::Poller;
-use rings::{BackRing, Forget, Notify, Protocol, RingCounters};
+use rings::{BackRing, Notify, Protocol, RingCounters, Table};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::Config;
@@ -24,7 +25,6 @@ use crate::frame::Pool;
 use crate::limit::Limits;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
-use crate::proto::{Rx, Tx};
 use crate::rx::Shape;
 use worker::{Run, Worker};
 
@@ -120,6 +120,10 @@ pub(crate) struct Start<'a> {
     pub name: String,
     pub domid: DomId,
     pub keys: &'a QueueKeys,
+    /// Where the in-flight tables of its rings lie, and what is in them.
+    pub tx_table: &'a TableMemory,
+    pub rx_table: &'a TableMemory,
+    pub past: &'a Past,
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub rx_notify: RxNotify,
@@ -139,13 +143,15 @@ pub(crate) struct Queue {
     counters: Handle<QueueCounters>,
 }
 
-type Ring<P> = BackRing<P, SharedMapping, Forget>;
+type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
 
-/// Maps a ring and takes its back end where a predecessor left it.
+/// Maps a ring and takes its back end where a predecessor left it. Without its table that is
+/// `rsp_prod`: answers that it had written and not shown lie over slots that are read as requests
+/// then, which costs the guest packets.
 fn attach<P: Protocol>(
     grants: &dyn Grants,
     start: &Start<'_>,
-    refs: &[u32],
+    (refs, table): (&[u32], &TableMemory),
     counters: Handle<RingCounters>,
 ) -> Result<(Ring<P>, Notify), Fault> {
     let (name, ring) = (&start.name, P::NAME);
@@ -154,7 +160,12 @@ fn attach<P: Protocol>(
         .map_err(|e| Fault(format!("{name}: mapping the {ring} ring {refs:?}: {e}")))?
         .into_shared()
         .ok_or_else(|| Fault(format!("{name}: the {ring} ring {refs:?} is read-only")))?;
-    let table = Forget::new(rings::slot_count::<P>(refs.len()));
+    let (slots, memory) = (rings::slot_count::<P>(refs.len()), table.clone());
+    let table = match start.past {
+        Past::Kept => Table::open(memory, slots),
+        Past::None | Past::Lost(_) => Table::format(memory, slots),
+    };
+    let table = table.map_err(|e| Fault(format!("{name}: what the predecessor has left: {e}")))?;
     BackRing::attach(mapping, table, counters).map_err(|e| Fault(format!("{name}: {e}")))
 }
 
@@ -165,8 +176,10 @@ impl Queue {
         let (counters, faults) = (start.counters.clone(), start.faults.clone());
         let (tx_counters, rx_counters) =
             (std::mem::take(&mut start.tx_counters), std::mem::take(&mut start.rx_counters));
-        let (tx, tx_notify) = attach::<Tx>(&*grants, &start, &start.keys.tx_refs, tx_counters)?;
-        let (rx, rx_notify) = attach::<Rx>(&*grants, &start, &start.keys.rx_refs, rx_counters)?;
+        let (tx, tx_notify) =
+            attach(&*grants, &start, (&start.keys.tx_refs, start.tx_table), tx_counters)?;
+        let (rx, rx_notify) =
+            attach(&*grants, &start, (&start.keys.rx_refs, start.rx_table), rx_counters)?;
         let channels = Channels::bind(start.hypervisor, start.domid, start.keys.ports)
             .map_err(|e| Fault(format!("{}: {}", start.name, e.0)))?;
         if tx_notify == Notify::Send {

@@ -165,6 +165,8 @@ guest_stop() {
   slowness_again
   off=1000
   [ "$(cat $CTL/slowness)" -le 120 ] || off=3000
+  # The toolstack runs a vif's hotplug script twice before it lets the domain go
+  [ -z "$(xenstore-list "/local/domain/$id/device/vif" 2> /dev/null)" ] || off=10000
   g_send "$1" "poweroff -f"
   within "$1's disks are closed" 1000 disks_closed "$id"
   within "$1 is off" $off domain_gone "$id"
