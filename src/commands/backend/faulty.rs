@@ -13,20 +13,20 @@ use blktap::faults::{Fault, FaultDisk};
 use blktap::image::BackingPolicy;
 use blktap::{Disk, DiskQueue, Geometry, MemDisk, Op, Volatility};
 
-/// The requests that are struck.
-const NTH: u64 = 5;
+/// The requests that are struck. Several: what one has done may be written over before it is seen.
+const NTH: [u64; 5] = [5, 7, 11, 13, 17];
 
 /// How a backend opens its disks.
 pub fn open(backing: BackingPolicy) -> Arc<Open> {
     let Ok(fault) = std::env::var("RINGBACK_TEST_FAULT") else { return opener(backing) };
     Arc::new(move |wanted: &Wanted| {
-        let struck = |fault: Fault| -> Result<Arc<dyn Disk>, _> {
-            Ok(FaultDisk::new(open_target(wanted, &backing)?, &[fault]))
+        let struck = |fault: fn(u64) -> Fault| -> Result<Arc<dyn Disk>, _> {
+            Ok(FaultDisk::new(open_target(wanted, &backing)?, &NTH.map(fault)))
         };
         match fault.as_str() {
-            "flip" => struck(Fault::FlipByte { nth: NTH, at: 4097 }),
-            "lose" => struck(Fault::LoseWrite { nth: NTH }),
-            "fail" => struck(Fault::Fail { op: Op::Write, nth: NTH, errno: 28 }),
+            "flip" => struck(|nth| Fault::FlipByte { nth, at: 4097 }),
+            "lose" => struck(|nth| Fault::LoseWrite { nth }),
+            "fail" => struck(|nth| Fault::Fail { op: Op::Write, nth, errno: 28 }),
             "drop-flushes" => Ok(FaultDisk::new(Volatile::open(wanted)?, &[Fault::DropFlushes])),
             "cut" => Ok(Volatile::open(wanted)?),
             other => panic!("RINGBACK_TEST_FAULT={other}: there is no such fault"),
