@@ -1,6 +1,7 @@
 # what: kill -9 of the backend at ten instants of each of snapshot, coalesce, stream, mirror, commit and resize, while fio verifies; begun again, each job completes
 # needs: ringback
-# timeout: 420
+# when: named
+# timeout: 900
 # So that there is always something in flight, and the jobs have their share of two cores.
 backend_restart --set delay_us=20000-60000
 leaks_daemon_restarted
