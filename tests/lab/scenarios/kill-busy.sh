@@ -25,6 +25,7 @@ above "verified rounds" 0 "$(sed -n 's/^verified: \([0-9]*\) .*/\1/p' $CTL/verif
 guest_log_is_clean g
 same_bytes g xvda "$img"
 guest_stop g
-same "what is left in the run directory" "" "$(ls "/run/ringback/$id" 2> /dev/null)"
+run_dir_is_empty() { [ -z "$(ls "/run/ringback/$id" 2> /dev/null)" ]; }
+within "nothing is left in the run directory" 3000 run_dir_is_empty
 backend_restart
 leaks_daemon_restarted
