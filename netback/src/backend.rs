@@ -15,11 +15,14 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::control::{self, Command};
 use crate::endpoint::Endpoint;
+use crate::endpoint::named;
 use crate::endpoint::tap::{Persistence, Tap};
+use crate::filter::Filter;
+use crate::filter::guard::{Addresses, AntiSpoof};
 use crate::inflight::tables;
 use crate::limit::{self, Limits};
 use crate::negotiate::{Accepted, Offer};
-use crate::queue::{Queue, Start};
+use crate::queue::{Live, Queue, Start};
 use crate::rx::Shape;
 
 /// Name of the hotplug script whose nodes are ours.
@@ -118,7 +121,8 @@ struct NetDevice {
 /// What exists while a device is connected.
 struct Serving {
     queues: Vec<Queue>,
-    config: Config,
+    live: Live,
+    addresses: Addresses,
     limits: Arc<Limits>,
     _stats: Option<StatsPage>,
 }
@@ -152,7 +156,26 @@ impl NetDevice {
         if let Some(bytes) = nodes.own("rate")?.as_deref().and_then(limit::parse) {
             config.rate.bytes = bytes;
         }
+        // Of a TAP device this key is the hotplug script's (Xen's vif-bridge, from 4.20 on).
+        if let (false, Some(vlan)) = (named::is_tap(nodes)?, nodes.own("vlan")?) {
+            config.set("vlan", vlan.trim()).map_err(Fault)?;
+        }
+        if let Some(mode) = nodes.own("antispoof")? {
+            config.set("antispoof", mode.trim()).map_err(Fault)?;
+        }
         Ok(config)
+    }
+
+    /// The knobs with what they make of the node.
+    fn live(config: Config, nodes: &Nodes) -> Result<(Live, Addresses), Fault> {
+        let (mac, ip) = (nodes.own("mac")?, nodes.own("ip")?);
+        let is_watched = config.antispoof != AntiSpoof::Off;
+        let addresses = Addresses::parse(mac.as_deref(), ip.as_deref());
+        // What nobody asks for may be anything.
+        let addresses =
+            if is_watched { addresses.map_err(Fault)? } else { addresses.unwrap_or_default() };
+        let filter = Filter::new(&config, &addresses).map_err(Fault)?;
+        Ok((Live { config, filter }, addresses))
     }
 
     /// What the vif stands on, opened if it is not.
@@ -183,17 +206,18 @@ impl NetDevice {
     fn start(
         &mut self,
         nodes: &Nodes,
-        config: &Config,
+        config: Config,
         accepted: &Accepted,
         (how, faults): (Meeting, &Faults),
     ) -> Result<Serving, Fault> {
         let stats = self.stats(accepted.queues.len());
+        let (live, addresses) = Self::live(config, nodes)?;
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
         let run_dir = self.run_dir.clone();
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
-        let limits = Arc::new(Limits::new(config.rate, Instant::now()));
+        let limits = Arc::new(Limits::new(live.config.rate, Instant::now()));
         let tables = tables(&run_dir, &id, accepted, how);
         let mut queues = Vec::new();
         let both = tables.memory.as_chunks().0.iter();
@@ -201,7 +225,7 @@ impl NetDevice {
             queues.push(Queue::start(Start {
                 hypervisor: &*hypervisor,
                 endpoint: endpoint.queue(number)?,
-                config,
+                live: &live,
                 name: format!("vif-{}-{}.{number}", id.domid, id.devid),
                 domid: id.domid as DomId,
                 keys,
@@ -220,7 +244,7 @@ impl NetDevice {
             })?);
         }
         host.keep()?;
-        Ok(Serving { queues, config: config.clone(), limits, _stats: stats })
+        Ok(Serving { queues, live, addresses, limits, _stats: stats })
     }
 
     /// Changes a knob of the running queues.
@@ -228,14 +252,15 @@ impl NetDevice {
         let Some(serving) = &mut self.serving else {
             return Err(Fault("the device is not connected".into()));
         };
-        let mut config = serving.config.clone();
+        let mut config = serving.live.config.clone();
         config.set(knob, value).map_err(Fault)?;
         if matches!(knob, "max_queues" | "max_ring_page_order") {
             return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
         }
+        let filter = Filter::new(&config, &serving.addresses).map_err(Fault)?;
         serving.limits.set(config.rate, Instant::now());
-        serving.queues.iter().for_each(|queue| queue.set(&config));
-        serving.config = config;
+        serving.live = Live { config, filter };
+        serving.queues.iter().for_each(|queue| queue.set(&serving.live));
         Ok(json!({"knob": knob, "value": value}))
     }
 
@@ -270,7 +295,7 @@ impl Device for NetDevice {
         let config = self.config_of(nodes)?;
         let accepted = Accepted::read(&offer(&config), |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
-        let serving = self.start(nodes, &config, &accepted, (how, &faults))?;
+        let serving = self.start(nodes, config, &accepted, (how, &faults))?;
         if self.log.permits(&self.id) {
             tracing::info!(
                 "{}: {} with {} queue(s)",

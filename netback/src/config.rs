@@ -1,5 +1,7 @@
 //! The knobs of a network backend.
 
+use crate::filter::guard::AntiSpoof;
+use crate::filter::vlan::MAX_VLAN;
 use crate::limit::Rate;
 
 /// Most queues that can be asked for.
@@ -22,6 +24,10 @@ pub struct Config {
     pub rx_stall_s: u32,
     /// How much a vif may move each way.
     pub rate: Rate,
+    /// How closely the guest's addresses are watched.
+    pub antispoof: AntiSpoof,
+    /// The VLAN that the vif is in; 0 is none, and tags pass as they are.
+    pub vlan: u32,
 }
 
 impl Default for Config {
@@ -33,6 +39,8 @@ impl Default for Config {
             poll_us: 0,
             rx_stall_s: 10,
             rate: Rate::default(),
+            antispoof: AntiSpoof::Off,
+            vlan: 0,
         }
     }
 }
@@ -49,11 +57,21 @@ impl Config {
             *rate = value.parse().map_err(|_| format!("{name}={value}: a number a second"))?;
             return Ok(());
         }
+        if name == "antispoof" {
+            self.antispoof = match value {
+                "off" => AntiSpoof::Off,
+                "mac" => AntiSpoof::Mac,
+                "ip" => AntiSpoof::Ip,
+                _ => return Err(format!("{name}={value}: off, mac or ip")),
+            };
+            return Ok(());
+        }
         let (place, low, high) = match name {
             "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
             "max_ring_page_order" => (&mut self.max_ring_page_order, 0, MAX_RING_PAGE_ORDER),
             "poll_us" => (&mut self.poll_us, 0, 1_000_000),
             "rx_stall_s" => (&mut self.rx_stall_s, 1, 3600),
+            "vlan" => (&mut self.vlan, 0, MAX_VLAN),
             _ => return Err(format!("there is no knob {name}")),
         };
         let number = value.parse().ok().filter(|n| (low..=high).contains(n));

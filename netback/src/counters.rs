@@ -20,6 +20,10 @@ perf::counters! {
         tx_dropped_copy: Counter [packets],
         /// ... a checksum or segmentation was asked for that cannot be done.
         tx_dropped_offload: Counter [packets],
+        /// ... they speak for an address that is not the guest's (`antispoof`).
+        tx_dropped_spoofed: Counter [packets],
+        /// ... they have a VLAN tag of the guest's own (`vlan`).
+        tx_dropped_vlan: Counter [packets],
         /// ... what the vif connects to would not have them.
         tx_dropped_host: Counter [packets],
         /// Grant copies' calls for packets from the guest.
@@ -36,6 +40,8 @@ perf::counters! {
         rx_csum_blank: Counter [packets],
         /// Packets to the guest that did not fit: longer than it takes.
         rx_dropped_size: Counter [packets],
+        /// ... they are not of the vif's VLAN (`vlan`).
+        rx_dropped_vlan: Counter [packets],
         /// ... a page could not be written.
         rx_dropped_copy: Counter [packets],
         /// ... a checksum or segmentation could not be done.

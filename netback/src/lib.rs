@@ -10,6 +10,7 @@ pub mod config;
 mod control;
 mod counters;
 pub mod endpoint;
+pub mod filter;
 pub mod frame;
 pub mod frontend;
 mod inflight;

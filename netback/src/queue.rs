@@ -21,6 +21,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::config::Config;
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
+use crate::filter::Filter;
 use crate::frame::Pool;
 use crate::limit::Limits;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
@@ -31,20 +32,27 @@ use worker::{Run, Worker};
 /// Frames of one queue, both ways.
 const FRAMES: usize = 256;
 
+/// What can change while a queue runs.
+#[derive(Clone)]
+pub(crate) struct Live {
+    pub config: Config,
+    pub filter: Filter,
+}
+
 /// What a queue's thread and the device's control share.
 pub(crate) struct Shared {
     stop: AtomicBool,
     /// Knobs that can change while the queue runs; `changes` counts the changes.
-    knobs: Mutex<Config>,
+    knobs: Mutex<Live>,
     changes: AtomicU64,
     wake: OwnedFd,
 }
 
 impl Shared {
-    fn new(config: &Config) -> io::Result<Shared> {
+    fn new(live: &Live) -> io::Result<Shared> {
         Ok(Shared {
             stop: AtomicBool::new(false),
-            knobs: Mutex::new(config.clone()),
+            knobs: Mutex::new(live.clone()),
             changes: AtomicU64::new(0),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -53,7 +61,7 @@ impl Shared {
         self.stop.load(Ordering::Acquire)
     }
     /// The knobs, if they have changed since change number `known`.
-    fn changed(&self, known: &mut u64) -> Option<Config> {
+    fn changed(&self, known: &mut u64) -> Option<Live> {
         let changes = self.changes.load(Ordering::Acquire);
         if changes == *known {
             return None;
@@ -116,7 +124,7 @@ impl Channels {
 pub(crate) struct Start<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     pub endpoint: Box<dyn EndpointQueue>,
-    pub config: &'a Config,
+    pub live: &'a Live,
     pub name: String,
     pub domid: DomId,
     pub keys: &'a QueueKeys,
@@ -189,7 +197,7 @@ impl Queue {
             channels.rx().notify()?;
         }
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
-        let shared = Arc::new(Shared::new(start.config)?);
+        let shared = Arc::new(Shared::new(start.live)?);
         let worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
@@ -207,8 +215,9 @@ impl Queue {
             leaves_guest: start.accepts.into(),
             rx_notify: start.rx_notify,
             limits: start.limits,
-            poller: Poller::new(start.config.poll_us),
-            stall: std::time::Duration::from_secs(start.config.rx_stall_s.into()),
+            filter: start.live.filter.clone(),
+            poller: Poller::new(start.live.config.poll_us),
+            stall: std::time::Duration::from_secs(start.live.config.rx_stall_s.into()),
             run: Run::default(),
         };
         let tid = Arc::new(AtomicU64::new(0));
@@ -226,8 +235,8 @@ impl Queue {
     }
 
     /// Gives the queue new values of its live knobs.
-    pub(crate) fn set(&self, config: &Config) {
-        *self.shared.knobs.lock() = config.clone();
+    pub(crate) fn set(&self, live: &Live) {
+        *self.shared.knobs.lock() = live.clone();
         self.shared.changes.fetch_add(1, Ordering::Release);
         self.wake();
     }

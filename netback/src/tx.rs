@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use hypervisor::{CopyOp, Direction};
 
+use crate::filter::Refused;
 use crate::frame::Gso;
 use crate::proto::{
     ETHERNET_HEADER, Extra, FATAL_PACKET_SLOTS, MAX_EXTRAS, MAX_PACKET_SLOTS, Malformed, RSP_ERROR,
@@ -49,6 +50,8 @@ pub enum Dropped {
     Copy,
     /// A checksum or segmentation is asked for that cannot be done.
     Offload,
+    /// A filter has refused it.
+    Filter(Refused),
 }
 
 /// What a packet turned out to be.

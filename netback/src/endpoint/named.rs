@@ -27,6 +27,11 @@ impl<E: Endpoint + 'static> Host for Plain<E> {
 /// Packets' length where the node says none.
 const MTU: u16 = 1500;
 
+/// Whether a vif's node names a TAP device, as toolstacks write it.
+pub fn is_tap(nodes: &Nodes) -> Result<bool, Fault> {
+    Ok(matches!(nodes.own("type")?.as_deref(), None | Some("vif" | "vif_ioemu")))
+}
+
 /// Opens what a vif's node names: `user`, a network in this process; `loopback`, the vif itself;
 /// and what toolstacks write (`vif`, `vif_ioemu`, or nothing), a TAP device.
 pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {

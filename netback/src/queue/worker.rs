@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use super::{Channels, Held, Ring, Shared};
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
+use crate::filter::Filter;
 use crate::frame::{Frame, Pool};
 use crate::limit::Limits;
 use crate::negotiate::RxNotify;
@@ -55,6 +56,7 @@ pub(super) struct Worker {
     pub leaves_guest: Leaves,
     pub rx_notify: RxNotify,
     pub limits: Arc<Limits>,
+    pub filter: Filter,
     pub poller: Poller,
     pub stall: Duration,
     pub run: Run,
@@ -104,6 +106,7 @@ impl Worker {
 
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
+        self.take_knobs();
         let sent = self.transmit()?;
         let received = self.receive()?;
         Ok(sent || received)
@@ -129,9 +132,10 @@ impl Worker {
 
     /// Takes over knobs that were changed meanwhile.
     fn take_knobs(&mut self) {
-        if let Some(config) = self.shared.changed(&mut self.run.changes) {
-            self.poller = Poller::new(config.poll_us);
-            self.stall = Duration::from_secs(config.rx_stall_s.into());
+        if let Some(live) = self.shared.changed(&mut self.run.changes) {
+            self.poller = Poller::new(live.config.poll_us);
+            self.stall = Duration::from_secs(live.config.rx_stall_s.into());
+            self.filter = live.filter;
         }
     }
 
@@ -194,7 +198,6 @@ impl Worker {
             return Ok(());
         }
         self.counters.sleeps.add(1);
-        self.take_knobs();
         let before = Instant::now();
         let [tx, rx] = self.run.limited;
         let timeout = [self.deadline(before), tx, rx].into_iter().flatten().min();

@@ -47,7 +47,11 @@ impl Worker {
         Ok(any)
     }
 
-    fn accept(&mut self, frame: Frame) {
+    fn accept(&mut self, mut frame: Frame) {
+        if !self.filter.to_guest(&mut frame) {
+            self.counters.rx_dropped_vlan.add(1);
+            return self.pool.give(frame);
+        }
         if !pass(frame, &self.leaves_guest, &mut self.pool, &mut self.run.to_guest) {
             self.counters.rx_dropped_offload.add(1);
         }

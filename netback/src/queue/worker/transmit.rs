@@ -6,6 +6,7 @@ use hypervisor::xenbus::Fault;
 use rings::Notify;
 
 use super::{BATCH, Worker};
+use crate::filter::Refused;
 use crate::frame::{Frame, HEADROOM, MAX_FRAME};
 use crate::offload::{Impossible, claimed, pass};
 use crate::tx::{Claim, Dropped, Packet, Verdict};
@@ -129,6 +130,10 @@ impl Worker {
                 return self.pool.give(frame);
             }
         }
+        if let Err(refused) = self.filter.from_guest(&mut frame) {
+            packet.verdict = Verdict::Dropped(Dropped::Filter(refused));
+            return self.pool.give(frame);
+        }
         if !pass(frame, &self.leaves_host, &mut self.pool, &mut self.run.to_host) {
             packet.verdict = Verdict::Dropped(Dropped::Offload);
         }
@@ -146,6 +151,8 @@ impl Worker {
             Verdict::Multicast(_) => {}
             Verdict::Dropped(Dropped::Copy) => c.tx_dropped_copy.add(1),
             Verdict::Dropped(Dropped::Offload) => c.tx_dropped_offload.add(1),
+            Verdict::Dropped(Dropped::Filter(Refused::Spoofed)) => c.tx_dropped_spoofed.add(1),
+            Verdict::Dropped(Dropped::Filter(Refused::Vlan)) => c.tx_dropped_vlan.add(1),
             Verdict::Dropped(Dropped::Slots | Dropped::Size | Dropped::Short) => {
                 c.tx_dropped_bad.add(1);
             }
