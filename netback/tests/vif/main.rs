@@ -1,5 +1,6 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
+mod filters;
 mod raw;
 mod rig;
 mod xsa;

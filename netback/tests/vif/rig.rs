@@ -1,7 +1,9 @@
 //! A bundled hypervisor, a backend and a guest, each in a thread of its own.
 
 use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -17,6 +19,7 @@ use netback::{
     Config, EndpointQueue, Frame, FrontOptions, FrontQueue, NetBackend, NetFront, Open, Pool,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
 
 pub(crate) const DEVID: u32 = 0;
 /// How long anything may take.
@@ -111,6 +114,31 @@ impl Rig {
             }
         }
         text
+    }
+    /// A counter of the backend's, of all queues together.
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.stats", self.domid));
+        let snapshot = perf::page::Reader::open(&path).unwrap().snapshot().unwrap();
+        let json = serde_json::to_value(&snapshot).unwrap();
+        let blocks = json["blocks"].as_array().unwrap().iter();
+        let values = blocks.flat_map(|block| block["values"].as_array().unwrap());
+        let named = values.filter(|value| value["name"] == name);
+        named.map(|value| value["value"].as_u64().unwrap()).sum()
+    }
+    /// Asks the vif over its control socket.
+    pub(crate) fn ask(&self, request: &Value) -> Value {
+        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.sock", self.domid));
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+    /// Changes a knob of the running vif.
+    pub(crate) fn set(&self, knob: &str, value: &str) {
+        let answer = self.ask(&json!({"command": "set", "knob": knob, "value": value}));
+        assert_eq!(answer["error"], Value::Null, "{knob}={value}");
     }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
