@@ -187,6 +187,12 @@ impl NetDevice {
         Ok(&**self.host.insert(host))
     }
 
+    /// What the frontend may choose from.
+    fn offer(&mut self, nodes: &Nodes, config: &Config) -> Result<Offer, Fault> {
+        let most = self.host(nodes)?.endpoint().most_queues();
+        Ok(Offer { max_queues: config.max_queues.min(most), ..offer(config) })
+    }
+
     fn stats(&self, queues: usize) -> Option<StatsPage> {
         let device = perf::page::Device {
             kind: self.id.kind.to_owned(),
@@ -286,14 +292,14 @@ impl NetDevice {
 impl Device for NetDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
         let config = self.config_of(nodes)?;
-        self.host(nodes)?;
-        Ok(offer(&config).keys())
+        Ok(self.offer(nodes, &config)?.keys())
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
         self.disconnect(Parting::Frontend);
         let config = self.config_of(nodes)?;
-        let accepted = Accepted::read(&offer(&config), |key| nodes.front(key).ok().flatten())
+        let offer = self.offer(nodes, &config)?;
+        let accepted = Accepted::read(&offer, |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
         let serving = self.start(nodes, config, &accepted, (how, &faults))?;
         if self.log.permits(&self.id) {

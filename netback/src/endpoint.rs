@@ -5,10 +5,13 @@
 
 pub mod loopback;
 pub mod named;
+pub mod packet;
 pub mod pcap;
+pub mod stream;
 pub mod switch;
 pub mod tap;
 pub mod user;
+mod vnet;
 
 use std::collections::VecDeque;
 use std::io;
@@ -49,6 +52,10 @@ pub struct Accepts {
 pub trait Endpoint: Send + Sync {
     /// What it takes.
     fn abilities(&self) -> Abilities;
+    /// Most queues that it serves.
+    fn most_queues(&self) -> u32 {
+        u32::MAX
+    }
     /// A guest has connected with so many queues and takes what `accepts` says: what is offered to
     /// the other side follows it.
     fn connect(&self, queues: usize, accepts: Accepts) -> io::Result<()>;

@@ -6,6 +6,8 @@ use hypervisor::xenbus::{Fault, Nodes};
 
 use super::Endpoint;
 use super::loopback::Loopback;
+use super::packet::Packet;
+use super::stream::{Address, Role, Stream};
 use super::user::UserNet;
 use crate::backend::{Host, open_tap};
 
@@ -27,23 +29,50 @@ impl<E: Endpoint + 'static> Host for Plain<E> {
 /// Packets' length where the node says none.
 const MTU: u16 = 1500;
 
-/// Whether a vif's node names a TAP device, as toolstacks write it.
+/// What a vif's node names: the key `type`; or `bridge`, if it begins as one of these: a toolstack
+/// passes that on as it is.
+fn name(nodes: &Nodes) -> Result<Option<String>, Fault> {
+    let is_ours = |text: &String| {
+        text.split_once(':')
+            .is_some_and(|(kind, _)| matches!(kind, "packet" | "stream" | "stream-server"))
+    };
+    match nodes.own("type")? {
+        Some(kind) if !matches!(&*kind, "vif" | "vif_ioemu") => Ok(Some(kind)),
+        _ => Ok(nodes.own("bridge")?.filter(is_ours)),
+    }
+}
+
+/// Whether a vif's node names a TAP device.
 pub fn is_tap(nodes: &Nodes) -> Result<bool, Fault> {
-    Ok(matches!(nodes.own("type")?.as_deref(), None | Some("vif" | "vif_ioemu")))
+    Ok(name(nodes)?.is_none())
 }
 
 /// Opens what a vif's node names: `user`, a network in this process; `loopback`, the vif itself;
-/// and what toolstacks write (`vif`, `vif_ioemu`, or nothing), a TAP device.
+/// `packet:IFACE`, an interface of the host; `stream:ADDRESS` and `stream-server:ADDRESS`, a stream
+/// socket, its address an absolute path or HOST:PORT; and what toolstacks write (`vif`, `vif_ioemu`, or
+/// nothing), a TAP device.
 pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
+    let Some(name) = name(nodes)? else { return open_tap(nodes) };
     let mtu = || -> Result<u16, Fault> {
         let Some(text) = nodes.own("mtu")? else { return Ok(MTU) };
         let mtu = text.trim().parse().ok().filter(|mtu| *mtu >= 68);
         mtu.ok_or_else(|| Fault(format!("mtu is {text:?}; it must be 68 to 65535")))
     };
-    match nodes.own("type")?.as_deref() {
-        None | Some("vif" | "vif_ioemu") => open_tap(nodes),
-        Some("user") => Ok(Box::new(Plain(UserNet::new(mtu()?)))),
-        Some("loopback") => Ok(Box::new(Plain(Loopback::new(mtu()?)))),
-        Some(other) => Err(Fault(format!("type is {other:?}; known are vif, user and loopback"))),
+    let stream = |role, address: &str| -> Result<Box<dyn Host>, Fault> {
+        let parsed = Address::parse(address).ok_or_else(|| {
+            Fault(format!("{name}: {address:?} is neither an absolute path nor HOST:PORT"))
+        })?;
+        Ok(Box::new(Plain(Stream::open(role, parsed, mtu()?)?)))
+    };
+    match name.split_once(':').unwrap_or((&name, "")) {
+        ("user", "") => Ok(Box::new(Plain(UserNet::new(mtu()?)))),
+        ("loopback", "") => Ok(Box::new(Plain(Loopback::new(mtu()?)))),
+        ("packet", interface) => Ok(Box::new(Plain(Packet::open(interface)?))),
+        ("stream", address) => stream(Role::Client, address),
+        ("stream-server", address) => stream(Role::Server, address),
+        _ => Err(Fault(format!(
+            "type is {name:?}; known are vif, user, loopback, packet:IFACE, stream:ADDRESS and \
+             stream-server:ADDRESS"
+        ))),
     }
 }

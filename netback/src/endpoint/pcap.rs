@@ -41,6 +41,9 @@ impl<E: Endpoint> Endpoint for Recorder<E> {
     fn abilities(&self) -> Abilities {
         self.below.abilities()
     }
+    fn most_queues(&self) -> u32 {
+        self.below.most_queues()
+    }
     fn connect(&self, queues: usize, accepts: Accepts) -> io::Result<()> {
         self.below.connect(queues, accepts)
     }

@@ -4,7 +4,6 @@
 //! (`IFF_VNET_HDR`), so that blank checksums and unsegmented packets pass both ways.
 
 mod device;
-mod header;
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,9 +15,12 @@ use rustix::io::Errno;
 
 use self::device::Carrier;
 pub use self::device::Persistence;
-use self::header::HEADER;
+use super::vnet::{self, Size};
 use super::{Abilities, Accepts, Endpoint, EndpointQueue, Waits};
 use crate::frame::{Frame, Pool};
+
+/// Of the header before each frame.
+const HEADER: Size = Size::Long;
 
 /// A TAP device; it goes with its last descriptor, unless it was made to [stay](Persistence).
 pub struct Tap {
@@ -103,7 +105,7 @@ impl EndpointQueue for TapQueue {
     fn send(&mut self, frames: &mut VecDeque<Frame>, pool: &mut Pool) -> io::Result<()> {
         self.full = false;
         while let Some(mut frame) = frames.pop_front() {
-            if !header::put(&mut frame) {
+            if !vnet::put(&mut frame, HEADER) {
                 self.dropped += 1;
                 pool.give(frame);
                 continue;
@@ -111,13 +113,13 @@ impl EndpointQueue for TapQueue {
             match rustix::io::write(&*self.end, &frame) {
                 Ok(_) => {}
                 Err(Errno::AGAIN) => {
-                    frame.trim_front(HEADER);
+                    frame.trim_front(HEADER.bytes());
                     frames.push_front(frame);
                     self.full = true;
                     return Ok(());
                 }
                 Err(Errno::INTR) => {
-                    frame.trim_front(HEADER);
+                    frame.trim_front(HEADER.bytes());
                     frames.push_front(frame);
                     continue;
                 }
@@ -139,13 +141,13 @@ impl EndpointQueue for TapQueue {
         for _ in 0..room {
             let Some(mut frame) = pool.take() else { break };
             // The headroom has place for it: the frame itself stays where frames are.
-            if !frame.grow_front(HEADER) {
+            if !frame.grow_front(HEADER.bytes()) {
                 pool.give(frame);
                 break;
             }
             frame.set_len(usize::MAX);
             match rustix::io::read(&*self.end, &mut frame[..]) {
-                Ok(len) if header::take(&mut frame, len) => frames.push_back(frame),
+                Ok(len) if vnet::take(&mut frame, len, HEADER) => frames.push_back(frame),
                 Ok(_) => {
                     self.dropped += 1;
                     pool.give(frame);

@@ -3,6 +3,7 @@
 mod filters;
 mod raw;
 mod rig;
+mod wire;
 mod xsa;
 
 use std::time::Duration;

@@ -12,7 +12,7 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use super::super::Accepts;
-use super::header::HEADER;
+use super::HEADER;
 
 const TUNSETIFF: Opcode = 0x4004_54ca;
 const TUNSETPERSIST: Opcode = 0x4004_54cb;
@@ -113,7 +113,7 @@ pub(super) fn open(name: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let end = open_file("/dev/net/tun", flags, Mode::empty())?;
     let new = !exists(name);
-    let mut size = HEADER as i32;
+    let mut size = HEADER.bytes() as i32;
     // SAFETY: pointers to a `struct ifreq` and to an `int`, as these ioctls take them.
     unsafe {
         ioctl(&end, Pointer::<TUNSETIFF, _>(&mut request))?;

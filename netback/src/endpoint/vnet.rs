@@ -1,12 +1,28 @@
 //! The virtio-net header before each frame (`struct virtio_net_hdr` of the virtio specification,
-//! legacy byte order).
+//! legacy byte order), as TAP devices and packet sockets have it.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::frame::{Checksum, Frame, Gso, GsoKind, Offload};
 
-/// Its bytes; two of them pad it, so that the frame behind it is aligned to 4.
-pub(super) const HEADER: usize = size_of::<VnetHeader>();
+/// How long the header is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Size {
+    /// 10 bytes: packet sockets know no other before Linux 6.6.
+    Short,
+    /// 12 bytes, with a number of buffers, so that the frame behind it is aligned to 4.
+    Long,
+}
+
+impl Size {
+    /// In bytes.
+    pub(super) const fn bytes(self) -> usize {
+        match self {
+            Size::Short => size_of::<VnetHeader>() - 2,
+            Size::Long => size_of::<VnetHeader>(),
+        }
+    }
+}
 
 const NEEDS_CSUM: u8 = 1;
 const DATA_VALID: u8 = 2;
@@ -28,7 +44,7 @@ struct VnetHeader {
 }
 
 /// Puts the header before a frame; whether there was room.
-pub(super) fn put(frame: &mut Frame) -> bool {
+pub(super) fn put(frame: &mut Frame, size: Size) -> bool {
     let mut header = VnetHeader::default();
     match frame.offload.checksum {
         Checksum::Unknown => {}
@@ -48,18 +64,21 @@ pub(super) fn put(frame: &mut Frame) -> bool {
             }
         }
     }
-    let room = frame.grow_front(HEADER);
+    let len = size.bytes();
+    let room = frame.grow_front(len);
     if room {
-        frame[..HEADER].copy_from_slice(header.as_bytes());
+        frame[..len].copy_from_slice(&header.as_bytes()[..len]);
     }
     room
 }
 
 /// Takes the header from a frame of `len` bytes with it; whether it makes sense.
-pub(super) fn take(frame: &mut Frame, len: usize) -> bool {
+pub(super) fn take(frame: &mut Frame, len: usize, size: Size) -> bool {
     frame.set_len(len);
-    let Ok((header, _)) = VnetHeader::read_from_prefix(frame) else { return false };
-    frame.trim_front(HEADER);
+    let mut header = VnetHeader::default();
+    let Some(bytes) = frame.get(..size.bytes()) else { return false };
+    header.as_mut_bytes()[..size.bytes()].copy_from_slice(bytes);
+    frame.trim_front(size.bytes());
     let checksum = if header.flags & NEEDS_CSUM != 0 {
         Checksum::Blank { start: header.csum_start, offset: header.csum_offset }
     } else if header.flags & DATA_VALID != 0 {
