@@ -83,6 +83,17 @@ pub enum Command {
         /// Its new value.
         value: String,
     },
+    /// Hold what a guest sends, and let it go or drop it: for checkpoints.
+    Output {
+        /// DOMID/vifN, or a control socket.
+        device: String,
+        /// What to do.
+        #[arg(value_enum)]
+        action: Output,
+        /// After a release or a drop, hold what comes later.
+        #[arg(long)]
+        and_hold: bool,
+    },
     /// Log which blocks of a disk change, for backups.
     #[command(subcommand)]
     ChangedLog(ChangedLog),
@@ -367,6 +378,17 @@ pub struct Daemon {
     /// Set a knob of network devices; may be repeated.
     #[arg(long, value_name = "KNOB=VALUE")]
     pub set_net: Vec<String>,
+}
+
+/// What becomes of a guest's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// From now on it is held.
+    Hold,
+    /// What is held goes, oldest first.
+    Release,
+    /// What is held is dropped.
+    Drop,
 }
 
 #[derive(Args)]

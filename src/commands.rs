@@ -23,6 +23,7 @@ use crate::cli::disk::Disk;
 use crate::cli::{Attach, Backend, Cli, Command, Detach, Export};
 use crate::platform::{connect, run_dir};
 use backend::Disks;
+use netback::hold::Then;
 
 /// Why a command failed; its text says what to do next.
 pub type Result<T = ExitCode> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -80,6 +81,10 @@ pub fn run(cli: Cli) -> Result {
         }
         Command::Resize(device) => live::resize(&context, &device.device),
         Command::Set { device, knob, value } => live::set(&context, &device, &knob, &value),
+        Command::Output { device, action, and_hold } => {
+            let then = if and_hold { Then::Hold } else { Then::Pass };
+            live::output(&context, &device, action, then)
+        }
         Command::ChangedLog(command) => changed_log::run(&context, &command),
         Command::Cd(cd) => attach::cd(&context, &cd),
         Command::Disk(Disk::Connect(options)) => tap::connect(&context, &options),

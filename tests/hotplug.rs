@@ -140,3 +140,36 @@ fn an_unknown_command_fails() {
     assert!(!store.run("online"));
     assert_eq!(store.read("hotplug-status"), None);
 }
+
+/// Runs `vif-ringback` for a vif with this `bridge`; whether it succeeded.
+fn vif(store: &Store, bridge: &str, command: &str) -> bool {
+    const NODE: &str = "local/domain/0/backend/vif/7/0";
+    fs::create_dir_all(store.path().join("store").join(NODE)).expect("the node");
+    fs::write(store.path().join("store").join(NODE).join("bridge"), bridge).expect("a key");
+    let path = std::env::var("PATH").expect("PATH");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/vif-ringback");
+    let mut run = Command::new("bash");
+    run.arg(script).arg(command).env("XENBUS_PATH", NODE);
+    run.env("PATH", format!("{}:{path}", store.path().join("bin").display()));
+    run.env("XEN_BACKEND_DRIVERS", store.path().join("drivers"));
+    run.env("RINGBACK_SYS_NET", store.path().join("net"));
+    run.status().expect("bash").success()
+}
+
+#[test]
+fn a_vif_without_a_device_of_the_host_is_connected_at_once() {
+    let status = |store: &Store| {
+        let node = "store/local/domain/0/backend/vif/7/0/hotplug-status";
+        fs::read_to_string(store.path().join(node)).ok()
+    };
+    for bridge in ["packet:eth1", "stream:/run/net.sock", "stream-server:[::1]:5000"] {
+        let store = Store::new("", "w");
+        assert!(vif(&store, bridge, "online"), "{bridge}");
+        assert_eq!(status(&store).as_deref(), Some("connected"));
+        assert!(vif(&store, bridge, "offline"), "{bridge}");
+    }
+    // Of a bridge there has to be a TAP device.
+    let store = Store::new("", "w");
+    assert!(!vif(&store, "xenbr0", "online"));
+    assert_eq!(status(&store).as_deref(), Some("error"));
+}

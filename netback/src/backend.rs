@@ -19,6 +19,7 @@ use crate::endpoint::named;
 use crate::endpoint::tap::{Persistence, Tap};
 use crate::filter::Filter;
 use crate::filter::guard::{Addresses, AntiSpoof};
+use crate::hold::{Amount, Then};
 use crate::inflight::tables;
 use crate::limit::{self, Limits};
 use crate::negotiate::{Accepted, Offer};
@@ -100,6 +101,7 @@ impl Backend for NetBackend {
             id: id.clone(),
             host: None,
             serving: None,
+            output: Then::Pass,
             log: LogLimit::default(),
         })
     }
@@ -114,6 +116,8 @@ struct NetDevice {
     /// There from the first look at the node on: hotplug scripts want to find it.
     host: Option<Box<dyn Host>>,
     serving: Option<Serving>,
+    /// What becomes of what the guest sends, now and when it connects again.
+    output: Then,
     /// The guest decides how often it connects.
     log: LogLimit,
 }
@@ -219,7 +223,7 @@ impl NetDevice {
         let stats = self.stats(accepted.queues.len());
         let (live, addresses) = Self::live(config, nodes)?;
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
-        let run_dir = self.run_dir.clone();
+        let (run_dir, output) = (self.run_dir.clone(), self.output);
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
@@ -232,6 +236,7 @@ impl NetDevice {
                 hypervisor: &*hypervisor,
                 endpoint: endpoint.queue(number)?,
                 live: &live,
+                output,
                 name: format!("vif-{}-{}.{number}", id.domid, id.devid),
                 domid: id.domid as DomId,
                 keys,
@@ -270,6 +275,16 @@ impl NetDevice {
         Ok(json!({"knob": knob, "value": value}))
     }
 
+    /// Carries out a command on what is held of each queue.
+    fn output(&mut self, then: Then, act: impl Fn(&Queue) -> Amount) -> Result<Value, Fault> {
+        self.output = then;
+        let queues = self.serving.iter().flat_map(|serving| &serving.queues);
+        let (packets, bytes) = queues.map(act).fold((0, 0), |(packets, bytes), amount| {
+            (packets + amount.packets, bytes + amount.bytes)
+        });
+        Ok(json!({"packets": packets, "bytes": bytes}))
+    }
+
     /// The guest is done with what the vif connects to.
     fn part(&self) {
         let Some(host) = &self.host else { return };
@@ -292,6 +307,8 @@ impl NetDevice {
 impl Device for NetDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
         let config = self.config_of(nodes)?;
+        // What is missing is said before a guest is started.
+        Self::live(config.clone(), nodes)?;
         Ok(self.offer(nodes, &config)?.keys())
     }
 
@@ -341,6 +358,9 @@ impl Device for NetDevice {
     fn control(&mut self, _: &Nodes, line: &str) -> String {
         control::answer(line, |command| match command {
             Command::Set { knob, value } => self.set(&knob, &value),
+            Command::HoldOutput {} => self.output(Then::Hold, Queue::hold),
+            Command::ReleaseOutput { then } => self.output(then, |queue| queue.release(then)),
+            Command::DropOutput { then } => self.output(then, |queue| queue.discard(then)),
         })
     }
 }

@@ -89,3 +89,50 @@ impl Config {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use perf::Block;
+
+    use super::*;
+
+    /// The columns of the page's table of these knobs.
+    fn rows() -> Vec<Vec<&'static str>> {
+        let page = include_str!("../../docs/tuning.md");
+        let (_, table) = page.split_once("| network knob |").expect("the table");
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        rows.map(|row| row.split('|').map(str::trim).skip(1).collect()).collect()
+    }
+
+    #[test]
+    fn the_page_about_tuning_says_what_the_code_does() {
+        let rows = rows();
+        assert_eq!(rows.len(), 8);
+        let known = |name: &str| {
+            let fields = [crate::QueueCounters::FIELDS, rings::RingCounters::FIELDS];
+            fields.iter().any(|fields| fields.iter().any(|field| field.name == name))
+        };
+        for row in rows {
+            let (name, default) = (row[0], row[2]);
+            let mut config = Config::default();
+            if default != "CPUs" {
+                config.set(name, default).expect("its default");
+            }
+            assert_eq!(config, Config::default(), "{name}");
+            for counter in row[6].split([',', ' ']).filter(|word| word.contains('_')) {
+                assert!(known(counter), "{name} shows in {counter}, which no counter is called");
+            }
+        }
+    }
+
+    #[test]
+    fn values_without_a_meaning_are_refused() {
+        for list in ["vlan=4095", "vlan=-1", "antispoof=yes", "poll_us=1000001", "speed=1", "vlan"]
+        {
+            assert!(Config::default().set_all(list).is_err(), "{list}");
+        }
+        let mut config = Config::default();
+        config.set_all("vlan=7,antispoof=ip").expect("two knobs");
+        assert_eq!((config.vlan, config.antispoof), (7, AntiSpoof::Ip));
+    }
+}

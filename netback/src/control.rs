@@ -4,6 +4,8 @@ use hypervisor::xenbus::Fault;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::hold::Then;
+
 /// What can be asked of a live vif.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
@@ -14,6 +16,20 @@ pub(crate) enum Command {
         knob: String,
         /// Its new value.
         value: String,
+    },
+    /// Hold what the guest sends from now on.
+    HoldOutput {},
+    /// Let go what is held now.
+    ReleaseOutput {
+        /// What becomes of what comes later.
+        #[serde(default)]
+        then: Then,
+    },
+    /// Drop what is held now.
+    DropOutput {
+        /// As above.
+        #[serde(default)]
+        then: Then,
     },
 }
 

@@ -24,8 +24,12 @@ perf::counters! {
         tx_dropped_spoofed: Counter [packets],
         /// ... they have a VLAN tag of the guest's own (`vlan`).
         tx_dropped_vlan: Counter [packets],
+        /// ... they were held and not released (`drop-output`).
+        tx_dropped_held: Counter [packets],
         /// ... what the vif connects to would not have them.
         tx_dropped_host: Counter [packets],
+        /// Packets from the guest that are held now (`hold-output`).
+        tx_held: Gauge [packets],
         /// Grant copies' calls for packets from the guest.
         tx_batches: Counter [calls],
         /// Packets to the guest.

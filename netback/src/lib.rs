@@ -13,6 +13,7 @@ pub mod endpoint;
 pub mod filter;
 pub mod frame;
 pub mod frontend;
+pub mod hold;
 mod inflight;
 pub mod limit;
 pub mod negotiate;

@@ -23,6 +23,7 @@ use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::filter::Filter;
 use crate::frame::Pool;
+use crate::hold::{Amount, Hold, Then};
 use crate::limit::Limits;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
@@ -45,15 +46,17 @@ pub(crate) struct Shared {
     /// Knobs that can change while the queue runs; `changes` counts the changes.
     knobs: Mutex<Live>,
     changes: AtomicU64,
+    hold: Hold,
     wake: OwnedFd,
 }
 
 impl Shared {
-    fn new(live: &Live) -> io::Result<Shared> {
+    fn new(live: &Live, output: Then) -> io::Result<Shared> {
         Ok(Shared {
             stop: AtomicBool::new(false),
             knobs: Mutex::new(live.clone()),
             changes: AtomicU64::new(0),
+            hold: Hold::new(output),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -125,6 +128,7 @@ pub(crate) struct Start<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     pub endpoint: Box<dyn EndpointQueue>,
     pub live: &'a Live,
+    pub output: Then,
     pub name: String,
     pub domid: DomId,
     pub keys: &'a QueueKeys,
@@ -197,7 +201,7 @@ impl Queue {
             channels.rx().notify()?;
         }
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
-        let shared = Arc::new(Shared::new(start.live)?);
+        let shared = Arc::new(Shared::new(start.live, start.output)?);
         let worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
@@ -239,6 +243,27 @@ impl Queue {
         *self.shared.knobs.lock() = live.clone();
         self.shared.changes.fetch_add(1, Ordering::Release);
         self.wake();
+    }
+
+    /// Holds the guest's packets from now on.
+    pub(crate) fn hold(&self) -> Amount {
+        let mut held = self.shared.hold.lock();
+        held.begin();
+        held.amount()
+    }
+
+    /// Lets the packets go that are held now.
+    pub(crate) fn release(&self, then: Then) -> Amount {
+        let amount = self.shared.hold.lock().release(then);
+        self.wake();
+        amount
+    }
+
+    /// Drops the packets that are held now.
+    pub(crate) fn discard(&self, then: Then) -> Amount {
+        let amount = self.shared.hold.lock().discard(then);
+        self.wake();
+        amount
     }
 
     fn wake(&self) {

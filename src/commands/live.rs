@@ -4,9 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use netback::hold::Then;
 use serde_json::{Value, json};
 
 use super::{Context, Result, control};
+use crate::cli::Output;
 
 /// How long a device may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -50,5 +52,18 @@ pub fn resize(context: &Context, device: &str) -> Result {
 /// `ringback set`.
 pub fn set(context: &Context, device: &str, knob: &str, value: &str) -> Result {
     ask(context, device, &json!({"command": "set", "knob": knob, "value": value}))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `ringback output`: what a vif's guest sends is held, let go or dropped.
+pub fn output(context: &Context, device: &str, action: Output, then: Then) -> Result {
+    let request = match action {
+        Output::Hold => json!({"command": "hold-output"}),
+        Output::Release => json!({"command": "release-output", "then": then}),
+        Output::Drop => json!({"command": "drop-output", "then": then}),
+    };
+    let answer = ask(context, device, &request)?;
+    let number = |key| answer.get(key).and_then(Value::as_u64).unwrap_or(0);
+    println!("{device}: {} packets, {} bytes", number("packets"), number("bytes"));
     Ok(ExitCode::SUCCESS)
 }

@@ -69,8 +69,9 @@ pub(super) struct Run {
     taken: VecDeque<rings::Slot>,
     packets: tx::Batch,
     copied: VecDeque<Option<(Frame, std::ops::Range<usize>)>>,
-    /// Frames that the endpoint is still to take.
+    /// Frames for the endpoint, and those that it has been offered.
     to_host: VecDeque<Frame>,
+    offered: VecDeque<Frame>,
     /// To the guest: its free pages, frames for it, and those that are being copied.
     pages: Held<RxRequest>,
     answered: VecDeque<rings::Slot>,
@@ -154,6 +155,11 @@ impl Worker {
         Ok(())
     }
 
+    /// Whether frames of the guest wait: then nothing more is taken from it.
+    fn has_output(&self) -> bool {
+        !self.run.to_host.is_empty() || !self.run.offered.is_empty()
+    }
+
     /// Whether frames are waiting for the guest's pages.
     fn waits_for_pages(&self) -> bool {
         !self.run.to_guest.is_empty() || self.run.stalled
@@ -161,8 +167,8 @@ impl Worker {
 
     /// Asks for the events that matter now; whether there is work after all.
     fn arm(&mut self) -> Result<bool, Fault> {
-        // While the endpoint takes nothing, or the limit is reached, nothing is taken from the guest.
-        if self.run.to_host.is_empty() && self.run.limited[0].is_none() {
+        // While the endpoint takes nothing, no more can be held, or the limit is reached, nothing is taken from the guest.
+        if !self.has_output() && self.run.limited[0].is_none() {
             let pending = self.tx.arm().map_err(|e| self.corrupt(&e))?;
             if pending == Pending::Work {
                 return Ok(true);

@@ -1,8 +1,10 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
 mod filters;
+mod hold;
 mod raw;
 mod rig;
+mod stream;
 mod wire;
 mod xsa;
 

@@ -123,12 +123,19 @@ pub(super) struct Peer {
     state: State,
     /// Attempts to connect; they go through the addresses.
     attempts: usize,
-    /// It was said that nobody is there.
-    told: bool,
+    /// What the log was told last, and when.
+    told: Option<(Told, Instant)>,
+}
+
+/// What is told of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Here,
+    Gone,
 }
 
 enum State {
-    /// Nobody is there; a client tries at this time.
+    /// Nobody is there; nothing is tried before this time.
     Away {
         retry: Instant,
     },
@@ -142,7 +149,7 @@ enum State {
 
 impl Peer {
     pub(super) fn new(dial: Arc<Dial>) -> Peer {
-        Peer { dial, state: State::Away { retry: Instant::now() }, attempts: 0, told: false }
+        Peer { dial, state: State::Away { retry: Instant::now() }, attempts: 0, told: None }
     }
 
     /// The connection, if there is one.
@@ -158,7 +165,9 @@ impl Peer {
         match (&self.state, &self.dial.way) {
             (State::There(socket), _) => Some(socket.as_fd()),
             (State::Coming { answered, .. }, _) => Some(answered.as_fd()),
-            (State::Away { .. }, Way::Accept(listener)) => Some(listener.as_fd()),
+            (State::Away { retry }, Way::Accept(listener)) => {
+                (*retry <= Instant::now()).then(|| listener.as_fd())
+            }
             (State::Away { .. }, Way::Connect(_)) => None,
         }
     }
@@ -167,16 +176,32 @@ impl Peer {
     pub(super) fn deadline(&self) -> Option<Instant> {
         match (&self.state, &self.dial.way) {
             (State::Away { retry }, Way::Connect(_)) => Some(*retry),
+            (State::Away { retry }, Way::Accept(_)) => {
+                Some(*retry).filter(|at| *at > Instant::now())
+            }
             _ => None,
         }
     }
 
-    /// Ends the connection.
+    /// Ends the connection. A server takes the next one at once.
     pub(super) fn lose(&mut self, why: &str) {
-        if !std::mem::replace(&mut self.told, true) {
+        let pause = match &self.dial.way {
+            Way::Accept(_) => Duration::ZERO,
+            Way::Connect(_) => RETRY,
+        };
+        self.fail(why, pause);
+    }
+
+    /// Nobody is there, for a while.
+    fn fail(&mut self, why: &str, pause: Duration) {
+        let now = Instant::now();
+        // A client is told once of each peer that is not there; who comes and goes decides how often.
+        let is_new = self.told.is_none_or(|(told, at)| told == Told::Here && now - at >= RETRY);
+        if is_new {
             tracing::warn!("{}: {why}; waiting for another connection", self.dial.address);
+            self.told = Some((Told::Gone, now));
         }
-        self.state = State::Away { retry: Instant::now() + RETRY };
+        self.state = State::Away { retry: now + pause };
     }
 
     fn meet(&mut self, socket: OwnedFd) {
@@ -186,8 +211,11 @@ impl Peer {
         {
             tracing::debug!("{}: {e}", self.dial.address);
         }
-        tracing::info!("{}: connected", self.dial.address);
-        self.told = false;
+        let now = Instant::now();
+        if self.told.is_none_or(|(told, at)| told == Told::Gone || now - at >= RETRY) {
+            tracing::info!("{}: connected", self.dial.address);
+            self.told = Some((Told::Here, now));
+        }
         self.state = State::There(socket);
     }
 
@@ -199,19 +227,19 @@ impl Peer {
             State::Coming { socket, answered } => match is_answered(&socket) {
                 Ok(true) => self.meet(socket),
                 Ok(false) => self.state = State::Coming { socket, answered },
-                Err(e) => self.lose(&e.to_string()),
+                Err(e) => self.fail(&e.to_string(), RETRY),
             },
             State::Away { retry } => match self.seek(retry, now) {
                 Ok(State::There(socket)) => self.meet(socket),
                 Ok(state) => self.state = state,
-                Err(e) => self.lose(&e.to_string()),
+                Err(e) => self.fail(&e.to_string(), RETRY),
             },
         }
     }
 
     fn seek(&mut self, retry: Instant, now: Instant) -> io::Result<State> {
         match &self.dial.way {
-            Way::Accept(listener) => {
+            Way::Accept(listener) if retry <= now => {
                 match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                     Ok(socket) => Ok(State::There(socket)),
                     Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {
@@ -227,7 +255,7 @@ impl Peer {
                 self.attempts = self.attempts.wrapping_add(1);
                 begin(target)
             }
-            Way::Connect(_) => Ok(State::Away { retry }),
+            Way::Accept(_) | Way::Connect(_) => Ok(State::Away { retry }),
         }
     }
 }

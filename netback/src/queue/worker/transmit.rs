@@ -19,10 +19,8 @@ impl Worker {
     pub(super) fn transmit(&mut self) -> Result<bool, Fault> {
         // What the endpoint has not taken stays first, and nothing is taken behind it: the guest's
         // ring is where packets wait.
-        let held = self.run.to_host.len();
-        self.hand_on()?;
-        let mut moved = self.run.to_host.len() < held;
-        if self.run.to_host.is_empty() {
+        let mut moved = self.hand_on()?;
+        if !self.has_output() {
             moved |= self.gather()?;
             self.fetch()?;
             self.hand_on()?;
@@ -30,15 +28,42 @@ impl Worker {
         Ok(moved)
     }
 
-    fn hand_on(&mut self) -> Result<(), Fault> {
-        if self.run.to_host.is_empty() {
-            return Ok(());
+    /// Hands frames to the endpoint, or holds them; whether there was any that could be.
+    fn hand_on(&mut self) -> Result<bool, Fault> {
+        // Whoever has the lock knows that nothing is being sent.
+        let shared = self.shared.clone();
+        let mut held = shared.hold.lock();
+        if held.is_open() {
+            self.run.offered.append(&mut self.run.to_host);
+            return self.offer();
+        }
+        let kept = held.keep(&mut self.run.to_host, &mut self.pool);
+        self.counters.tx_dropped_held.add(held.take_dropped());
+        let mut moved = kept > 0;
+        loop {
+            if self.run.offered.is_empty() {
+                held.take(&mut self.run.offered, RESERVE, &mut self.pool);
+            }
+            if !self.offer()? {
+                break;
+            }
+            moved = true;
+        }
+        self.counters.tx_held.set(held.packets() as u64);
+        Ok(moved)
+    }
+
+    /// Offers frames to the endpoint; whether it took any.
+    fn offer(&mut self) -> Result<bool, Fault> {
+        let before = self.run.offered.len();
+        if before == 0 {
+            return Ok(false);
         }
         self.endpoint
-            .send(&mut self.run.to_host, &mut self.pool)
+            .send(&mut self.run.offered, &mut self.pool)
             .map_err(|e| self.failed("sending", &e))?;
         self.counters.tx_dropped_host.add(self.endpoint.take_dropped());
-        Ok(())
+        Ok(self.run.offered.len() < before)
     }
 
     /// Takes slots from the ring and finds frames for the packets in them.
