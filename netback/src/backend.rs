@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hypervisor::xenbus::knobs::Knobs;
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State, Stats,
     inflight,
 };
 use hypervisor::{DomId, Hypervisor};
-use perf::page::{Builder, StatsPage};
 use serde_json::{Value, json};
 
 use crate::config::Config;
@@ -120,7 +120,7 @@ struct Serving {
     queues: Vec<Queue>,
     config: Config,
     limits: Arc<Limits>,
-    _stats: Option<StatsPage>,
+    _stats: Stats,
 }
 
 fn offer(config: &Config) -> Offer {
@@ -136,10 +136,6 @@ fn offer(config: &Config) -> Offer {
         max_queues: config.max_queues,
         max_ring_page_order: config.max_ring_page_order,
     }
-}
-
-fn block<T: perf::Block>(page: &Option<StatsPage>, name: &str) -> perf::Handle<T> {
-    page.as_ref().map_or_else(perf::Handle::default, |page| page.block(name))
 }
 
 impl NetDevice {
@@ -164,22 +160,6 @@ impl NetDevice {
         Ok(&**self.host.insert(host))
     }
 
-    fn stats(&self, queues: usize) -> Option<StatsPage> {
-        let device = perf::page::Device {
-            kind: self.id.kind.to_owned(),
-            name: format!("vif{}", self.id.devid),
-            domid: self.id.domid,
-            devid: self.id.devid.into(),
-        };
-        let path = self
-            .run_dir
-            .join(self.id.domid.to_string())
-            .join(format!("{}-{}.stats", self.id.kind, self.id.devid));
-        let made =
-            Builder::new(device).blocks(3 * queues as u32).bytes((queues + 1) * 8192).create(path);
-        made.inspect_err(|e| tracing::warn!("{}: no stats page: {e}", self.id)).ok()
-    }
-
     fn start(
         &mut self,
         nodes: &Nodes,
@@ -187,9 +167,10 @@ impl NetDevice {
         accepted: &Accepted,
         (how, faults): (Meeting, &Faults),
     ) -> Result<Serving, Fault> {
-        let stats = self.stats(accepted.queues.len());
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
         let run_dir = self.run_dir.clone();
+        let name = format!("vif{}", id.devid);
+        let stats = Stats::create(&run_dir, &id, name, 3 * accepted.queues.len());
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
@@ -214,9 +195,9 @@ impl NetDevice {
                 limits: limits.clone(),
                 shape: Shape { headroom: accepted.xdp_headroom },
                 faults: faults.clone(),
-                tx_counters: block(&stats, &format!("tx-ring-{number}")),
-                rx_counters: block(&stats, &format!("rx-ring-{number}")),
-                counters: block(&stats, &format!("queue-{number}")),
+                tx_counters: stats.block(&format!("tx-ring-{number}")),
+                rx_counters: stats.block(&format!("rx-ring-{number}")),
+                counters: stats.block(&format!("queue-{number}")),
             })?);
         }
         host.keep()?;
@@ -229,10 +210,7 @@ impl NetDevice {
             return Err(Fault("the device is not connected".into()));
         };
         let mut config = serving.config.clone();
-        config.set(knob, value).map_err(Fault)?;
-        if matches!(knob, "max_queues" | "max_ring_page_order") {
-            return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
-        }
+        config.set_live(knob, value).map_err(Fault)?;
         serving.limits.set(config.rate, Instant::now());
         serving.queues.iter().for_each(|queue| queue.set(&config));
         serving.config = config;

@@ -1,5 +1,7 @@
 //! The knobs of a network backend.
 
+use hypervisor::xenbus::knobs::{Knob, Knobs, Reach, number, put};
+
 use crate::limit::Rate;
 
 /// Most queues that can be asked for.
@@ -37,37 +39,91 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Sets the knob `name`.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
-        let rate = match name {
-            "rate_bytes" => Some(&mut self.rate.bytes),
-            "rate_packets" => Some(&mut self.rate.packets),
-            _ => None,
-        };
-        if let Some(rate) = rate {
-            *rate = value.parse().map_err(|_| format!("{name}={value}: a number a second"))?;
-            return Ok(());
-        }
-        let (place, low, high) = match name {
-            "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
-            "max_ring_page_order" => (&mut self.max_ring_page_order, 0, MAX_RING_PAGE_ORDER),
-            "poll_us" => (&mut self.poll_us, 0, 1_000_000),
-            "rx_stall_s" => (&mut self.rx_stall_s, 1, 3600),
-            _ => return Err(format!("there is no knob {name}")),
-        };
-        let number = value.parse().ok().filter(|n| (low..=high).contains(n));
-        *place = number.ok_or_else(|| format!("{name}={value}: {low} to {high}"))?;
-        Ok(())
-    }
+impl Knobs for Config {
+    const KNOBS: &'static [Knob<Config>] = &[
+        Knob {
+            name: "max_queues",
+            unit: "queues",
+            default: "CPUs",
+            range: "1 to 64",
+            help: "most queues offered; each has a thread of its own",
+            shows_in: "tx_packets and rx_packets of each queue",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.max_queues, number(v, 1, MAX_QUEUES)),
+        },
+        Knob {
+            name: "max_ring_page_order",
+            unit: "order of pages",
+            default: "4",
+            range: "0 to 4",
+            help: "largest rings offered: 4 is 16 pages; only frontends that know of it, as ours, have more than one",
+            shows_in: "ring_full",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, MAX_RING_PAGE_ORDER)),
+        },
+        Knob {
+            name: "poll_us",
+            unit: "microseconds",
+            default: "0",
+            range: "0 to 1000000",
+            help: "how long a queue polls before it sleeps, at most",
+            shows_in: "polls_paid, sleeps, cpu_ns",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.poll_us, number(v, 0, 1_000_000)),
+        },
+        Knob {
+            name: "rx_stall_s",
+            unit: "seconds",
+            default: "10",
+            range: "1 to 3600",
+            help: "after which frames that wait for a guest's pages are dropped",
+            shows_in: "rx_stalls, rx_dropped_stalled",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rx_stall_s, number(v, 1, 3600)),
+        },
+        Knob {
+            name: "rate_bytes",
+            unit: "bytes/s",
+            default: "0",
+            range: "0 (no limit) to 2^64 - 1",
+            help: "bytes a second each way, of all queues together; the vif's key `rate` of a toolstack goes before it",
+            shows_in: "tx_bytes, rx_bytes",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rate.bytes, v.parse().ok()),
+        },
+        Knob {
+            name: "rate_packets",
+            unit: "packets/s",
+            default: "0",
+            range: "0 (no limit) to 2^64 - 1",
+            help: "packets a second each way, of all queues together",
+            shows_in: "tx_packets, rx_packets",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rate.packets, v.parse().ok()),
+        },
+    ];
+}
 
-    /// Sets knobs from a list `NAME=VALUE,...`.
-    pub fn set_all(&mut self, list: &str) -> Result<(), String> {
-        for pair in list.split(',').filter(|pair| !pair.is_empty()) {
-            let (name, value) =
-                pair.split_once('=').ok_or_else(|| format!("{pair}: not NAME=VALUE"))?;
-            self.set(name.trim(), value.trim())?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_knob_takes_its_default_and_nothing_beyond_its_range() {
+        for knob in Config::KNOBS {
+            let mut config = Config::default();
+            if knob.default != "CPUs" {
+                config.set(knob.name, knob.default).unwrap();
+            }
+            assert_eq!(config, Config::default(), "{}", knob.name);
+            for bad in ["", "-1", "x", "18446744073709551616"] {
+                assert!(config.set(knob.name, bad).is_err(), "{}={bad}", knob.name);
+            }
         }
-        Ok(())
+        let mut config = Config::default();
+        config.set_all("rate_bytes=5, poll_us=7").unwrap();
+        assert_eq!((config.rate.bytes, config.poll_us), (5, 7));
+        assert_eq!(config.set_live("rx_stall_s", "1"), Ok(()));
+        assert!(config.set_live("max_queues", "1").unwrap_err().contains("set it before"));
     }
 }

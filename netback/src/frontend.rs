@@ -13,10 +13,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
-use hypervisor::store::Client;
 use hypervisor::xenbus::State;
-use hypervisor::xenbus::front::{Health, Node};
+use hypervisor::xenbus::front::{Connection, Health, Node};
 use hypervisor::{Access, GrantedPages, Guest};
 use parking_lot::Mutex;
 use perf::Handle;
@@ -142,24 +140,11 @@ pub struct NetFront {
 }
 
 struct Device {
-    node: Node,
-    store: Client,
+    /// The first to go: the backend must be done with what follows.
+    connection: Connection,
     health: Arc<Health>,
     /// Those that nobody uses. All of them outlive the connection.
     queues: Mutex<Vec<Option<Queue>>>,
-    patience: Duration,
-    /// Ends the watcher when dropped.
-    stop: Mutex<Option<Sender<()>>>,
-    watcher: Mutex<Option<std::thread::JoinHandle<()>>>,
-    ending: Mutex<Ending>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// By the handshake, when dropped.
-    Polite,
-    /// It has been closed, or is to be left as it is.
-    Done,
 }
 
 /// A queue's parts.
@@ -175,41 +160,26 @@ impl NetFront {
     /// Connects to the backend of the guest's network device `devid`, which a toolstack has made.
     /// A device that an earlier life of this guest left connected is connected anew.
     pub fn connect(guest: &dyn Guest, devid: u32, options: &FrontOptions) -> io::Result<NetFront> {
-        let store = guest.store()?;
-        let node = Node::find(&store, KIND, devid)?;
-        if node.own_state(&store)? != State::Initialising {
-            node.set_state(&store, State::Initialising)?;
-        }
-        node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
-        let offer = Offer::read(|key| node.back_key(&store, key)).map_err(io::Error::other)?;
+        let connection = Connection::meet(guest, KIND, devid, options.patience)?;
+        let (node, store) = (&connection.node, &connection.store);
+        let offer = Offer::read(|key| node.back_key(store, key)).map_err(io::Error::other)?;
         let queues = offer.max_queues.min(options.max_queues).max(1);
-        let raws = (0..queues).map(|_| Raw::make(guest, &node, &offer, options));
+        let raws = (0..queues).map(|_| Raw::make(guest, node, &offer, options));
         let raws = raws.collect::<io::Result<Vec<_>>>()?;
         let chosen = choose(&offer, options, &raws);
-        introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
-            // Done with, so that the next connection begins anew.
-            if let Err(e) = node.set_state(&store, State::Closed) {
-                tracing::debug!("{}: {e}", node.front);
-            }
-        })?;
-        let mac = node.front_key(&store, "mac").or_else(|| node.back_key(&store, "mac"));
-        let mtu = node.front_key(&store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
+        // A network frontend goes straight to state 4.
+        connection.introduce(&chosen.front_keys(), Accepted::is_choice, State::Connected)?;
+        let mac = node.front_key(store, "mac").or_else(|| node.back_key(store, "mac"));
+        let mtu = node.front_key(store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
         let health = Arc::new(Health::new()?);
         let made = raws.into_iter().enumerate().map(|(number, raw)| {
             let name = format!("vif-{devid}.{number}");
             Queue::new(health.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
         });
-        let device = Arc::new(Device {
-            store,
-            queues: Mutex::new(made.collect::<io::Result<Vec<_>>>()?),
-            health,
-            patience: options.patience,
-            stop: Mutex::new(None),
-            watcher: Mutex::new(None),
-            ending: Mutex::new(Ending::Polite),
-            node,
-        });
-        device.watch(guest)?;
+        let queues = Mutex::new(made.collect::<io::Result<Vec<_>>>()?);
+        let told = health.clone();
+        connection.watch(guest, move |_, _, state| told.told(state))?;
+        let device = Arc::new(Device { connection, health, queues });
         let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
         Ok(NetFront { device, chosen, offer, mac, mtu })
     }
@@ -218,8 +188,10 @@ impl NetFront {
     pub fn queue(&self, number: usize) -> io::Result<FrontQueue> {
         let queue = self.device.queues.lock().get_mut(number).and_then(Option::take);
         let queue = queue.ok_or_else(|| {
-            let text =
-                format!("{}: queue {number} is in use, or not there", self.device.node.front);
+            let text = format!(
+                "{}: queue {number} is in use, or not there",
+                self.device.connection.node.front
+            );
             io::Error::new(io::ErrorKind::ResourceBusy, text)
         })?;
         Ok(FrontQueue::new(queue, number, self.device.clone()))
@@ -242,8 +214,7 @@ impl NetFront {
     }
     /// Whether the backend says that there is a carrier; where it says nothing, there is.
     pub fn carrier(&self) -> bool {
-        let device = &self.device;
-        device.node.back_key(&device.store, "carrier").is_none_or(|value| value.trim() != "0")
+        self.device.connection.back_key("carrier").is_none_or(|value| value.trim() != "0")
     }
     /// Why the device is disabled, if it is.
     pub fn fault(&self) -> Option<String> {
@@ -255,11 +226,11 @@ impl NetFront {
         if self.device.queues.lock().iter().any(Option::is_none) && self.fault().is_none() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "a queue is in use"));
         }
-        self.device.close()
+        self.device.connection.close()
     }
     /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
     pub fn abandon(self) {
-        *self.device.ending.lock() = Ending::Done;
+        self.device.connection.abandon();
     }
 }
 
@@ -291,16 +262,6 @@ fn choose(offer: &Offer, options: &FrontOptions, raws: &[Raw]) -> Accepted {
         xdp_headroom: if offer.xdp_headroom { options.xdp_headroom } else { 0 },
         ctrl: None,
         queues: raws.iter().map(keys).collect(),
-    }
-}
-
-/// Writes the choice and waits for the backend. A network frontend goes straight to state 4.
-fn introduce(store: &Client, node: &Node, chosen: &Accepted, patience: Duration) -> io::Result<()> {
-    node.choose(store, &chosen.front_keys(), Accepted::is_choice, State::Connected)?;
-    let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
-    match node.wait_backend(store, patience, settled)? {
-        State::Connected => Ok(()),
-        _ => Err(node.refused(store)),
     }
 }
 
@@ -355,45 +316,6 @@ impl Device {
     fn take_back(&self, number: usize, queue: Queue) {
         if let Some(place) = self.queues.lock().get_mut(number) {
             *place = Some(queue);
-        }
-    }
-
-    fn watch(&self, guest: &dyn Guest) -> io::Result<()> {
-        let (stop, stopped) = bounded(0);
-        let (store, node, health) = (guest.store()?, self.node.clone(), self.health.clone());
-        let run = move || {
-            if let Err(e) = node.watch(&store, &stopped, |state| health.told(state)) {
-                health.fail(format!("watching the backend: {e}"));
-            }
-        };
-        let thread = std::thread::Builder::new().name("netfront".into()).spawn(run)?;
-        (*self.stop.lock(), *self.watcher.lock()) = (Some(stop), Some(thread));
-        Ok(())
-    }
-
-    fn end_watch(&self) {
-        *self.stop.lock() = None;
-        if let Some(thread) = self.watcher.lock().take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the watcher of a network frontend panicked");
-        }
-    }
-
-    fn close(&self) -> io::Result<()> {
-        *self.ending.lock() = Ending::Done;
-        self.end_watch();
-        self.node.close(&self.store, self.patience)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        self.end_watch();
-        if *self.ending.lock() == Ending::Polite
-            && let Err(e) = self.node.close(&self.store, self.patience)
-        {
-            tracing::warn!("{}: closing: {e}", self.node.front);
         }
     }
 }

@@ -3,20 +3,15 @@
 mod worker;
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hypervisor::xenbus::inflight::{Past, TableMemory};
+use hypervisor::xenbus::queue::{Shared, Thread};
 use hypervisor::xenbus::{Fault, Faults};
 use hypervisor::{Access, DomId, EventChannel, Grants, Hypervisor, SharedMapping};
-use parking_lot::Mutex;
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{BackRing, Notify, Protocol, RingCounters, Table};
-use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::Config;
 use crate::counters::QueueCounters;
@@ -30,47 +25,6 @@ use worker::{Run, Worker};
 
 /// Frames of one queue, both ways.
 const FRAMES: usize = 256;
-
-/// What a queue's thread and the device's control share.
-pub(crate) struct Shared {
-    stop: AtomicBool,
-    /// Knobs that can change while the queue runs; `changes` counts the changes.
-    knobs: Mutex<Config>,
-    changes: AtomicU64,
-    wake: OwnedFd,
-}
-
-impl Shared {
-    fn new(config: &Config) -> io::Result<Shared> {
-        Ok(Shared {
-            stop: AtomicBool::new(false),
-            knobs: Mutex::new(config.clone()),
-            changes: AtomicU64::new(0),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        })
-    }
-    fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-    /// The knobs, if they have changed since change number `known`.
-    fn changed(&self, known: &mut u64) -> Option<Config> {
-        let changes = self.changes.load(Ordering::Acquire);
-        if changes == *known {
-            return None;
-        }
-        *known = changes;
-        Some(self.knobs.lock().clone())
-    }
-    /// Takes the wake-up, so that the next sleep lasts.
-    fn woken(&self) {
-        if let Err(e) = rustix::io::read(&self.wake, &mut [0; 8]) {
-            tracing::debug!("a queue's wake-up: {e}");
-        }
-    }
-    fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
-}
 
 /// The event channels of a queue's two rings.
 pub(crate) enum Channels {
@@ -137,9 +91,7 @@ pub(crate) struct Start<'a> {
 
 /// A running queue; stopped when dropped.
 pub(crate) struct Queue {
-    shared: Arc<Shared>,
-    thread: Option<std::thread::JoinHandle<()>>,
-    tid: Arc<AtomicU64>,
+    thread: Thread<Config>,
     counters: Handle<QueueCounters>,
 }
 
@@ -189,7 +141,7 @@ impl Queue {
             channels.rx().notify()?;
         }
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
-        let shared = Arc::new(Shared::new(start.config)?);
+        let shared = Shared::new(start.config)?;
         let worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
@@ -211,59 +163,31 @@ impl Queue {
             stall: std::time::Duration::from_secs(start.config.rx_stall_s.into()),
             run: Run::default(),
         };
-        let tid = Arc::new(AtomicU64::new(0));
-        let seen = tid.clone();
-        let thread = std::thread::Builder::new().name(start.name).spawn(move || {
-            seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
-            // A panic is a bug of ours; without a report the guest would wait for ever.
-            let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
-            let result = ended.unwrap_or_else(|_| Err(Fault("a queue's thread panicked".into())));
-            if let Err(fault) = result {
-                faults.report(fault);
-            }
-        })?;
-        Ok(Queue { shared, thread: Some(thread), tid, counters })
+        let thread = Thread::start(start.name, shared, faults, move || worker.run())?;
+        Ok(Queue { thread, counters })
     }
 
     /// Gives the queue new values of its live knobs.
     pub(crate) fn set(&self, config: &Config) {
-        *self.shared.knobs.lock() = config.clone();
-        self.shared.changes.fetch_add(1, Ordering::Release);
-        self.wake();
+        self.thread.set(config);
     }
 
-    fn wake(&self) {
-        // It fails where the count is full, and then the thread wakes anyway.
-        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            tracing::debug!("waking a queue: {e}");
-        }
-    }
-
-    /// Notes how much processor time the thread has used: what this host spends on the guest.
+    /// Notes how much processor time the thread has used.
     pub(crate) fn note_cpu(&self) {
-        let path = format!("/proc/self/task/{}/schedstat", self.tid.load(Ordering::Relaxed));
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        if let Some(ns) = text.split(' ').next().and_then(|ns| ns.parse().ok()) {
+        if let Some(ns) = self.thread.cpu_ns() {
             self.counters.cpu_ns.set(ns);
         }
     }
 
     /// Asks the thread to stop; dropping the queue waits for it.
     pub(crate) fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.wake();
+        self.thread.stop();
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
         self.note_cpu();
-        self.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a queue's thread panicked");
-        }
     }
 }
 

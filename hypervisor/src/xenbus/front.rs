@@ -1,6 +1,10 @@
 //! The frontend's side of xenbus, as all devices have it: pieces that a frontend puts together, each
 //! of which reads or writes a few keys.
 
+mod connection;
+
+pub use connection::Connection;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};

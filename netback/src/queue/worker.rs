@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hypervisor::xenbus::Fault;
+use hypervisor::xenbus::queue::Shared;
 use hypervisor::{CopyOp, DomId, Grants};
 use perf::Handle;
 use perf::polling::Poller;
@@ -17,7 +18,8 @@ use rings::{Corrupt, Pending};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::{Channels, Held, Ring, Shared};
+use super::{Channels, Held, Ring};
+use crate::config::Config;
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::{Frame, Pool};
@@ -47,7 +49,7 @@ pub(super) struct Worker {
     pub channels: Channels,
     pub endpoint: Box<dyn EndpointQueue>,
     pub pool: Pool,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<Shared<Config>>,
     pub counters: Handle<QueueCounters>,
     pub shape: Shape,
     pub accepts: Accepts,

@@ -8,14 +8,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
-use hypervisor::Hypervisor;
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{Backend, Frontend, HYPERVISOR_SOCKET, Link, Toolstack, serve};
+use hypervisor::store::Tx;
 use hypervisor::xenbus::toolstack::{self, Detached, Device, Force};
-use hypervisor::xenbus::{self, DeviceId, Key, Nodesets, Options, Scope};
+use hypervisor::xenbus::{self, DeviceId, Key, Nodesets, Options, Scope, State};
+use hypervisor::{Guest, Hypervisor};
 use netback::{
     Config, EndpointQueue, Frame, FrontOptions, FrontQueue, NetBackend, NetFront, Open, Pool,
 };
+use perf::snapshot::Number;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub(crate) const DEVID: u32 = 0;
@@ -46,7 +48,12 @@ impl Rig {
     }
     /// The same with a backend that opens what vifs connect to by `open`, and sees the hypervisor
     /// through `seen`.
-    pub(crate) fn with(open: Arc<Open>, seen: Seen, kind: &str, keys: &[(&str, &str)]) -> Rig {
+    pub(crate) fn with(
+        open: Arc<Open>,
+        seen: impl FnOnce(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>,
+        kind: &str,
+        keys: &[(&str, &str)],
+    ) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         let (stop, hold) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -61,8 +68,10 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let backend = Some(serve_vifs(&socket, &run, open, seen));
-        let rig = Rig { dir, hypervisor: Some((hold, thread)), backend, toolstack, domid, guest };
+        let hypervisor = seen(Arc::new(Backend::connect(&socket).unwrap()));
+        let backend = Some(serve_vifs(hypervisor, &run, open));
+        let hypervisor = Some((hold, thread));
+        let rig = Rig { dir, hypervisor, backend, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
     }
@@ -96,21 +105,47 @@ impl Rig {
     pub(crate) fn connect(&self, options: &FrontOptions) -> NetFront {
         NetFront::connect(&*self.guest(), DEVID, options).unwrap()
     }
-    /// The backend's counters that are not 0, for an error's text.
-    pub(crate) fn counters(&self, devid: u32) -> String {
+    /// Takes a vif away against the guest's will, as `xl destroy` does.
+    pub(crate) fn remove(&self, devid: u32) {
+        let (store, patience) = (self.toolstack.store().unwrap(), Duration::from_millis(50));
+        toolstack::detach(&store, &self.id(devid), 0, patience, Force::Yes).unwrap();
+    }
+    /// The backend's counters: of each block its name, and each one's name and value.
+    pub(crate) fn stats(&self, devid: u32) -> Vec<(String, Vec<(String, u64)>)> {
         let path = self.dir.path().join(format!("run/{}/vif-{devid}.stats", self.domid));
-        let Ok(mut reader) = perf::page::Reader::open(&path) else { return String::new() };
-        let snapshot = reader.snapshot().unwrap();
-        let json = serde_json::to_value(&snapshot).unwrap();
-        let mut text = String::new();
-        for block in json["blocks"].as_array().unwrap() {
-            for value in block["values"].as_array().unwrap() {
-                if value["value"].as_u64().is_some_and(|n| n > 0) {
-                    text += &format!("{}.{}={} ", block["name"], value["name"], value["value"]);
-                }
+        let Ok(mut reader) = perf::page::Reader::open(&path) else { return Vec::new() };
+        let value = |v: perf::snapshot::Value| match v.number {
+            Number::Value { value } => Some((v.name, value)),
+            Number::Distribution(_) => None,
+        };
+        let blocks = reader.snapshot().unwrap().blocks.into_iter();
+        blocks.map(|b| (b.name, b.values.into_iter().filter_map(value).collect())).collect()
+    }
+    /// One of them, of all queues together.
+    pub(crate) fn counter(&self, devid: u32, name: &str) -> u64 {
+        let blocks = self.stats(devid).into_iter();
+        blocks.flat_map(|(_, values)| values).filter(|(n, _)| n == name).map(|(_, v)| v).sum()
+    }
+    /// Those that are not 0, for an error's text; a vif that a fault has ended has none.
+    pub(crate) fn counters(&self, devid: u32) -> String {
+        let mut text = self.error(devid).unwrap_or_default();
+        for (block, values) in self.stats(devid) {
+            for (name, value) in values.into_iter().filter(|(_, value)| *value > 0) {
+                text += &format!("{block}.{name}={value} ");
             }
         }
         text
+    }
+    /// What the backend has told the guest's administrator.
+    pub(crate) fn error(&self, devid: u32) -> Option<String> {
+        let path = format!("/local/domain/0/error/backend/{}/error", self.id(devid));
+        self.toolstack.store().unwrap().get(&path).unwrap()
+    }
+    /// A frontend that has closed wants to connect again.
+    pub(crate) fn begin_anew(&self, devid: u32) {
+        let path = format!("device/vif/{devid}/state");
+        let state = State::Initialising.to_string();
+        self.guest().store().unwrap().write(Tx::NONE, &path, &state).unwrap();
     }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
@@ -119,16 +154,11 @@ impl Rig {
     }
 }
 
-/// What a backend sees of a hypervisor.
-pub(crate) type Seen = fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>;
-
 fn serve_vifs(
-    socket: &Path,
+    hypervisor: Arc<dyn Hypervisor>,
     run: &Path,
     open: Arc<Open>,
-    seen: Seen,
 ) -> (Sender<()>, JoinHandle<()>) {
-    let hypervisor = seen(Arc::new(Backend::connect(socket).unwrap()));
     let run_dir = run.to_owned();
     let config = Config { max_queues: 4, ..Config::default() };
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
