@@ -8,6 +8,15 @@ pub const MAX_QUEUES: u32 = 64;
 /// Most pages of a ring that can be asked for, as an order.
 pub const MAX_RING_PAGE_ORDER: u32 = 4;
 
+/// Whether a vif's link is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// Packets pass.
+    Up,
+    /// They are dropped, both ways, and the guest is told (`carrier` is 0).
+    Down,
+}
+
 /// How a network backend serves its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -22,6 +31,8 @@ pub struct Config {
     pub rx_stall_s: u32,
     /// How much a vif may move each way.
     pub rate: Rate,
+    /// The link.
+    pub carrier: Carrier,
 }
 
 impl Default for Config {
@@ -33,6 +44,7 @@ impl Default for Config {
             poll_us: 0,
             rx_stall_s: 10,
             rate: Rate::default(),
+            carrier: Carrier::Up,
         }
     }
 }
@@ -40,6 +52,14 @@ impl Default for Config {
 impl Config {
     /// Sets the knob `name`.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
+        if name == "carrier" {
+            self.carrier = match value {
+                "up" => Carrier::Up,
+                "down" => Carrier::Down,
+                _ => return Err(format!("carrier={value}: up or down")),
+            };
+            return Ok(());
+        }
         let rate = match name {
             "rate_bytes" => Some(&mut self.rate.bytes),
             "rate_packets" => Some(&mut self.rate.packets),

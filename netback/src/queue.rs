@@ -4,10 +4,9 @@ mod worker;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hypervisor::xenbus::inflight::{Past, TableMemory};
 use hypervisor::xenbus::{Fault, Faults};
@@ -16,16 +15,17 @@ use parking_lot::Mutex;
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{BackRing, Notify, Protocol, RingCounters, Table};
-use rustix::event::{EventfdFlags, eventfd};
 
+use crate::bell::Bell;
 use crate::config::Config;
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::Pool;
 use crate::limit::Limits;
+use crate::live::Live;
+use crate::mailbox::Mailbox;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
-use crate::rx::Shape;
 use worker::{Run, Worker};
 
 /// Frames of one queue, both ways.
@@ -33,24 +33,19 @@ const FRAMES: usize = 256;
 
 /// What a queue's thread and the device's control share.
 pub(crate) struct Shared {
-    stop: AtomicBool,
+    pub bell: Bell,
     /// Knobs that can change while the queue runs; `changes` counts the changes.
     knobs: Mutex<Config>,
     changes: AtomicU64,
-    wake: OwnedFd,
 }
 
 impl Shared {
     fn new(config: &Config) -> io::Result<Shared> {
         Ok(Shared {
-            stop: AtomicBool::new(false),
+            bell: Bell::new()?,
             knobs: Mutex::new(config.clone()),
             changes: AtomicU64::new(0),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
-    }
-    fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
     }
     /// The knobs, if they have changed since change number `known`.
     fn changed(&self, known: &mut u64) -> Option<Config> {
@@ -60,15 +55,6 @@ impl Shared {
         }
         *known = changes;
         Some(self.knobs.lock().clone())
-    }
-    /// Takes the wake-up, so that the next sleep lasts.
-    fn woken(&self) {
-        if let Err(e) = rustix::io::read(&self.wake, &mut [0; 8]) {
-            tracing::debug!("a queue's wake-up: {e}");
-        }
-    }
-    fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
     }
 }
 
@@ -127,7 +113,11 @@ pub(crate) struct Start<'a> {
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub rx_notify: RxNotify,
-    pub shape: Shape,
+    /// Which of the vif's queues it is.
+    pub number: usize,
+    /// Frames that another queue has taken from the endpoint, for each; none where there is but one.
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
     pub limits: Arc<Limits>,
     pub faults: Faults,
     pub tx_counters: Handle<RingCounters>,
@@ -143,30 +133,40 @@ pub(crate) struct Queue {
     counters: Handle<QueueCounters>,
 }
 
-type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
+pub(crate) type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
 
-/// Maps a ring and takes its back end where a predecessor left it. Without its table that is
-/// `rsp_prod`: answers that it had written and not shown lie over slots that are read as requests
-/// then, which costs the guest packets.
-fn attach<P: Protocol>(
+/// Maps a ring of the guest `domid` and takes its back end where a predecessor left it. Without its
+/// table that is `rsp_prod`: answers that it had written and not shown lie over slots that are read
+/// as requests then, which costs the guest packets.
+pub(crate) fn attach<P: Protocol>(
     grants: &dyn Grants,
-    start: &Start<'_>,
-    (refs, table): (&[u32], &TableMemory),
+    (name, domid): (&str, DomId),
+    (refs, table, past): (&[u32], &TableMemory, &Past),
     counters: Handle<RingCounters>,
 ) -> Result<(Ring<P>, Notify), Fault> {
-    let (name, ring) = (&start.name, P::NAME);
+    let ring = P::NAME;
     let mapping = grants
-        .map(start.domid, refs, Access::ReadWrite)
+        .map(domid, refs, Access::ReadWrite)
         .map_err(|e| Fault(format!("{name}: mapping the {ring} ring {refs:?}: {e}")))?
         .into_shared()
         .ok_or_else(|| Fault(format!("{name}: the {ring} ring {refs:?} is read-only")))?;
     let (slots, memory) = (rings::slot_count::<P>(refs.len()), table.clone());
-    let table = match start.past {
+    let table = match past {
         Past::Kept => Table::open(memory, slots),
         Past::None | Past::Lost(_) => Table::format(memory, slots),
     };
     let table = table.map_err(|e| Fault(format!("{name}: what the predecessor has left: {e}")))?;
     BackRing::attach(mapping, table, counters).map_err(|e| Fault(format!("{name}: {e}")))
+}
+
+/// Runs a thread of the vif and reports why it ended. A panic is a bug of ours; without a report the
+/// guest would wait for ever.
+pub(crate) fn guard(faults: &Faults, run: impl FnOnce() -> Result<(), Fault>) {
+    let ended = catch_unwind(AssertUnwindSafe(run));
+    let result = ended.unwrap_or_else(|_| Err(Fault("a thread of the vif panicked".into())));
+    if let Err(fault) = result {
+        faults.report(fault);
+    }
 }
 
 impl Queue {
@@ -176,10 +176,12 @@ impl Queue {
         let (counters, faults) = (start.counters.clone(), start.faults.clone());
         let (tx_counters, rx_counters) =
             (std::mem::take(&mut start.tx_counters), std::mem::take(&mut start.rx_counters));
+        let place = (&start.name[..], start.domid);
+        let (tx_table, rx_table) = (start.tx_table, start.rx_table);
         let (tx, tx_notify) =
-            attach(&*grants, &start, (&start.keys.tx_refs, start.tx_table), tx_counters)?;
+            attach(&*grants, place, (&start.keys.tx_refs, tx_table, start.past), tx_counters)?;
         let (rx, rx_notify) =
-            attach(&*grants, &start, (&start.keys.rx_refs, start.rx_table), rx_counters)?;
+            attach(&*grants, place, (&start.keys.rx_refs, rx_table, start.past), rx_counters)?;
         let channels = Channels::bind(start.hypervisor, start.domid, start.keys.ports)
             .map_err(|e| Fault(format!("{}: {}", start.name, e.0)))?;
         if tx_notify == Notify::Send {
@@ -201,7 +203,10 @@ impl Queue {
             pool,
             shared: shared.clone(),
             counters: start.counters,
-            shape: start.shape,
+            number: start.number,
+            inboxes: start.inboxes,
+            seen: start.live.look(),
+            live: start.live,
             accepts: start.accepts,
             leaves_host: start.leaves_host,
             leaves_guest: start.accepts.into(),
@@ -215,12 +220,7 @@ impl Queue {
         let seen = tid.clone();
         let thread = std::thread::Builder::new().name(start.name).spawn(move || {
             seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
-            // A panic is a bug of ours; without a report the guest would wait for ever.
-            let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
-            let result = ended.unwrap_or_else(|_| Err(Fault("a queue's thread panicked".into())));
-            if let Err(fault) = result {
-                faults.report(fault);
-            }
+            guard(&faults, || worker.run());
         })?;
         Ok(Queue { shared, thread: Some(thread), tid, counters })
     }
@@ -229,14 +229,7 @@ impl Queue {
     pub(crate) fn set(&self, config: &Config) {
         *self.shared.knobs.lock() = config.clone();
         self.shared.changes.fetch_add(1, Ordering::Release);
-        self.wake();
-    }
-
-    fn wake(&self) {
-        // It fails where the count is full, and then the thread wakes anyway.
-        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            tracing::debug!("waking a queue: {e}");
-        }
+        self.shared.bell.ring();
     }
 
     /// Notes how much processor time the thread has used: what this host spends on the guest.
@@ -250,8 +243,7 @@ impl Queue {
 
     /// Asks the thread to stop; dropping the queue waits for it.
     pub(crate) fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.wake();
+        self.shared.bell.stop();
     }
 }
 

@@ -14,14 +14,16 @@ use hypervisor::{CopyOp, DomId, Grants};
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{Corrupt, Pending};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags};
 
 use super::{Channels, Held, Ring, Shared};
+use crate::bell::wait;
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::{Frame, Pool};
 use crate::limit::Limits;
+use crate::live::{Live, Seen};
+use crate::mailbox::Mailbox;
 use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
 use crate::proto::{Rx, RxRequest, Tx};
@@ -49,7 +51,11 @@ pub(super) struct Worker {
     pub pool: Pool,
     pub shared: Arc<Shared>,
     pub counters: Handle<QueueCounters>,
-    pub shape: Shape,
+    /// Which of the vif's queues it is, and what others have for each.
+    pub number: usize,
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
+    pub seen: Seen,
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub leaves_guest: Leaves,
@@ -91,7 +97,7 @@ pub(super) struct Run {
 impl Worker {
     /// Serves until told to stop or until the frontend breaks the protocol.
     pub(super) fn run(mut self) -> Result<(), Fault> {
-        while !self.shared.stopping() {
+        while !self.shared.bell.stopping() {
             if self.round()? {
                 self.run.spurious = 0;
                 self.counters.polls_paid.add(u64::from(self.poller.worked()));
@@ -104,6 +110,7 @@ impl Worker {
 
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
+        self.live.refresh(&mut self.seen);
         let sent = self.transmit()?;
         let received = self.receive()?;
         Ok(sent || received)
@@ -125,6 +132,16 @@ impl Worker {
         self.grants
             .copy(self.domid, self.pool.buffer(), &mut self.run.ops)
             .map_err(|e| self.failed("grant copy", &e))
+    }
+
+    /// Frames that other queues have for this one.
+    fn inbox(&self) -> Option<&Mailbox> {
+        self.inboxes.get(self.number)
+    }
+
+    /// How the guest wants its packets.
+    fn shape(&self) -> Shape {
+        Shape { headroom: self.seen.wishes.headroom }
     }
 
     /// Takes over knobs that were changed meanwhile.
@@ -186,7 +203,7 @@ impl Worker {
     /// Waits for the frontend, the endpoint or the device's control.
     fn sleep(&mut self) -> Result<(), Fault> {
         if self.run.spurious >= SPURIOUS_STREAK {
-            let mut fds = [PollFd::from_borrowed_fd(self.shared.wake(), PollFlags::IN)];
+            let mut fds = [PollFd::from_borrowed_fd(self.shared.bell.wake(), PollFlags::IN)];
             wait(&mut fds, Some(BACK_OFF))?;
         }
         self.acknowledge()?;
@@ -213,7 +230,7 @@ impl Worker {
             self.run.rung = [first, second];
         }
         if woken {
-            self.shared.woken();
+            self.shared.bell.woken();
         }
         Ok(())
     }
@@ -225,26 +242,18 @@ impl Worker {
         let nothing = PollFlags::empty();
         let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         // Places that are not used stand for the wake-up with nothing asked.
-        let unused = || PollFd::from_borrowed_fd(self.shared.wake(), nothing);
+        let unused = || PollFd::from_borrowed_fd(self.shared.bell.wake(), nothing);
         let output = |fd| PollFd::from_borrowed_fd(fd, PollFlags::OUT);
         let mut fds = [
             input(self.channels.tx().as_fd()),
             second.map_or_else(unused, input),
-            input(self.shared.wake()),
+            input(self.shared.bell.wake()),
             waits.readable.filter(|_| hungry).map_or_else(unused, input),
+            self.inbox().filter(|_| hungry).map_or_else(unused, |inbox| input(inbox.fd())),
             waits.writable.map_or_else(unused, output),
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();
         Ok([ready(0), second.is_some() && ready(1), ready(2)])
-    }
-}
-
-/// Waits for one of the descriptors or the end of the time.
-fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
-    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
-    match poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(e) => Err(e.into()),
     }
 }

@@ -1,5 +1,6 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
+mod live;
 mod raw;
 mod rig;
 mod xsa;

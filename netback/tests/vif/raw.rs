@@ -9,9 +9,9 @@ use hypervisor::xenbus::State;
 use hypervisor::xenbus::front::Node;
 use hypervisor::{Access, EventChannel, GrantedPages, Guest};
 use netback::endpoint::Accepts;
-use netback::frontend::KIND;
-use netback::negotiate::{Accepted, Multicast, Ports, QueueKeys, RxNotify};
-use netback::proto::{Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
+use netback::frontend::{CtrlUse, KIND};
+use netback::negotiate::{Accepted, CtrlKeys, Multicast, Ports, QueueKeys, RxNotify};
+use netback::proto::{Ctrl, Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
 use perf::Handle;
 use rings::{FrontRing, Notify, PAGE_SIZE};
 
@@ -29,10 +29,25 @@ pub(crate) struct Raw {
     pub(crate) tx_pages: Arc<dyn GrantedPages>,
     pub(crate) rx_pages: Arc<dyn GrantedPages>,
     pub(crate) channel: Box<dyn EventChannel>,
+    pub(crate) ctrl: Option<RawCtrl>,
+}
+
+/// A control ring.
+pub(crate) struct RawCtrl {
+    pub(crate) ring: FrontRing<Ctrl, Arc<dyn GrantedPages>>,
+    pub(crate) channel: Box<dyn EventChannel>,
 }
 
 impl Raw {
     pub(crate) fn connect(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
+        Raw::connect_by(guest, devid, accepts, CtrlUse::Never)
+    }
+    pub(crate) fn connect_by(
+        guest: &Frontend,
+        devid: u32,
+        accepts: Accepts,
+        ctrl_use: CtrlUse,
+    ) -> Raw {
         let store = guest.store().unwrap();
         let node = Node::find(&store, KIND, devid).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::InitWait).unwrap();
@@ -44,12 +59,19 @@ impl Raw {
             rx_refs: rx_ring.refs().to_vec(),
             ports: Ports::Shared(channel.port()),
         };
+        let ctrl = (ctrl_use == CtrlUse::Offered).then(|| {
+            let memory = grant(1);
+            let channel = guest.alloc_unbound(node.backend).unwrap();
+            let keys = CtrlKeys { ring_ref: memory.refs()[0], port: channel.port() };
+            let ring = FrontRing::init(memory, Handle::default()).unwrap();
+            (keys, RawCtrl { ring, channel })
+        });
         let accepted = Accepted {
             accepts,
             rx_notify: RxNotify::Yes,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
-            ctrl: None,
+            ctrl: ctrl.as_ref().map(|(keys, _)| *keys),
             queues: vec![queue],
         };
         let tx = FrontRing::init(tx_ring, Handle::default()).unwrap();
@@ -58,7 +80,8 @@ impl Raw {
         node.choose(&store, &keys, choice, State::Connected).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::Connected).unwrap();
         let (tx_pages, rx_pages) = (grant(PAGES), grant(PAGES));
-        Raw { node, store, tx, rx, tx_pages, rx_pages, channel }
+        let ctrl = ctrl.map(|(_, ctrl)| ctrl);
+        Raw { node, store, tx, rx, tx_pages, rx_pages, channel, ctrl }
     }
 
     /// Writes slots and tells of them.
@@ -121,6 +144,14 @@ impl Raw {
     pub(crate) fn is_quiet(&mut self) -> bool {
         std::thread::sleep(Duration::from_millis(50));
         self.tx.take().unwrap().is_none() && self.rx.take().unwrap().is_none()
+    }
+    /// Writes a key of the frontend's directory.
+    pub(crate) fn set_key(&self, key: &str, value: &str) {
+        self.node.set_front_key(&self.store, key, value).unwrap();
+    }
+    /// Writes the frontend's state.
+    pub(crate) fn set_state(&self, state: u32) {
+        self.set_key("state", &state.to_string());
     }
     pub(crate) fn backend_state(&self) -> State {
         self.node.backend_state(&self.store).unwrap()

@@ -34,6 +34,8 @@ pub(crate) struct Rig {
     dir: tempfile::TempDir,
     hypervisor: Option<(OwnedFd, JoinHandle<()>)>,
     backend: Option<(Sender<()>, JoinHandle<()>)>,
+    open: Arc<Open>,
+    seen: Seen,
     pub(crate) toolstack: Toolstack,
     pub(crate) domid: u16,
     pub(crate) guest: Option<Arc<Frontend>>,
@@ -61,8 +63,9 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let backend = Some(serve_vifs(&socket, &run, open, seen));
-        let rig = Rig { dir, hypervisor: Some((hold, thread)), backend, toolstack, domid, guest };
+        let backend = Some(serve_vifs(&socket, &run, open.clone(), seen));
+        let hypervisor = Some((hold, thread));
+        let rig = Rig { dir, hypervisor, backend, open, seen, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
     }
@@ -90,6 +93,21 @@ impl Rig {
         let store = self.toolstack.store().unwrap();
         toolstack::detach(&store, &self.id(DEVID), 0, LIMIT, Force::No).unwrap()
     }
+    /// Ends the backend and starts another one, which goes on with the same rings.
+    pub(crate) fn restart(&mut self) {
+        if let Some((stop, thread)) = self.backend.take() {
+            drop(stop);
+            thread.join().unwrap();
+        }
+        let run = self.dir.path().join("run");
+        let socket = run.join(HYPERVISOR_SOCKET);
+        self.backend = Some(serve_vifs(&socket, &run, self.open.clone(), self.seen));
+    }
+    /// Removes what a backend leaves for its successor.
+    pub(crate) fn lose_what_is_left(&self) {
+        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.inflight", self.domid));
+        std::fs::remove_file(path).unwrap();
+    }
     pub(crate) fn guest(&self) -> Arc<Frontend> {
         self.guest.clone().unwrap()
     }
@@ -111,6 +129,10 @@ impl Rig {
             }
         }
         text
+    }
+    /// The control socket of a vif.
+    pub(crate) fn socket(&self, devid: u32) -> std::path::PathBuf {
+        self.dir.path().join(format!("run/{}/vif-{devid}.sock", self.domid))
     }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
