@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hypervisor::xenbus::inflight::Past;
 use hypervisor::xenbus::knobs::Knobs;
 use hypervisor::xenbus::{
     Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State, Stats,
@@ -12,15 +13,18 @@ use hypervisor::xenbus::{
 use hypervisor::{DomId, Hypervisor};
 use serde_json::{Value, json};
 
-use crate::config::Config;
+use crate::config::{Carrier, Config};
 use crate::control::{self, Command};
+use crate::ctrl::{self, CtrlRing};
 use crate::endpoint::Endpoint;
 use crate::endpoint::tap::{Persistence, Tap};
-use crate::inflight::tables;
+use crate::inflight::{Lasting, tables};
+use crate::kept::Kept;
 use crate::limit::{self, Limits};
-use crate::negotiate::{Accepted, Offer};
+use crate::live::{Live, Wishes};
+use crate::mailbox::Mailbox;
+use crate::negotiate::{Accepted, LIVE_KEYS, Multicast, Offer};
 use crate::queue::{Queue, Start};
-use crate::rx::Shape;
 
 /// Name of the hotplug script whose nodes are ours.
 pub const SCRIPT: &str = "vif-ringback";
@@ -88,6 +92,9 @@ impl Backend for NetBackend {
     fn script(&self) -> &'static str {
         SCRIPT
     }
+    fn live_keys(&self) -> &'static [&'static str] {
+        LIVE_KEYS
+    }
     fn device(&self, id: &DeviceId) -> Box<dyn Device> {
         Box::new(NetDevice {
             hypervisor: self.hypervisor.clone(),
@@ -97,6 +104,7 @@ impl Backend for NetBackend {
             id: id.clone(),
             host: None,
             serving: None,
+            carrier: None,
             log: LogLimit::default(),
         })
     }
@@ -111,6 +119,8 @@ struct NetDevice {
     /// There from the first look at the node on: hotplug scripts want to find it.
     host: Option<Box<dyn Host>>,
     serving: Option<Serving>,
+    /// The link, if an operator has changed it.
+    carrier: Option<Carrier>,
     /// The guest decides how often it connects.
     log: LogLimit,
 }
@@ -118,6 +128,9 @@ struct NetDevice {
 /// What exists while a device is connected.
 struct Serving {
     queues: Vec<Queue>,
+    ctrl: Option<CtrlRing>,
+    live: Arc<Live>,
+    offer: Offer,
     config: Config,
     limits: Arc<Limits>,
     _stats: Stats,
@@ -130,12 +143,39 @@ fn offer(config: &Config) -> Offer {
         tso6: true,
         checksum6: true,
         split: true,
-        multicast: false,
-        ctrl_ring: false,
-        xdp_headroom: false,
+        multicast: true,
+        ctrl_ring: true,
+        xdp_headroom: true,
         max_queues: config.max_queues,
         max_ring_page_order: config.max_ring_page_order,
     }
+}
+
+fn carrier_key(carrier: Carrier) -> Key {
+    ("carrier".into(), if carrier == Carrier::Up { "1" } else { "0" }.into())
+}
+
+/// What holds when the queues begin.
+fn live_of(config: &Config, accepted: &Accepted, lasting: &Lasting) -> Live {
+    let mut wishes = Wishes {
+        multicast: accepted.multicast,
+        headroom: accepted.xdp_headroom,
+        carrier: config.carrier,
+        ..Wishes::default()
+    };
+    let kept = Kept::new(lasting.kept.clone());
+    match lasting.past {
+        Past::None => {}
+        Past::Kept => kept.load(accepted.queues.len(), &mut wishes),
+        Past::Lost(_) => wishes.multicast = Multicast::Flood,
+    }
+    Live::new(wishes, kept)
+}
+
+/// One for each queue, if there are several.
+fn inboxes(queues: usize) -> std::io::Result<Arc<[Mailbox]>> {
+    let made = if queues > 1 { queues } else { 0 };
+    (0..made).map(|_| Mailbox::new()).collect()
 }
 
 impl NetDevice {
@@ -148,6 +188,7 @@ impl NetDevice {
         if let Some(bytes) = nodes.own("rate")?.as_deref().and_then(limit::parse) {
             config.rate.bytes = bytes;
         }
+        config.carrier = self.carrier.unwrap_or(config.carrier);
         Ok(config)
     }
 
@@ -170,21 +211,26 @@ impl NetDevice {
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
         let run_dir = self.run_dir.clone();
         let name = format!("vif{}", id.devid);
-        let stats = Stats::create(&run_dir, &id, name, 3 * accepted.queues.len());
+        let stats = Stats::create(&run_dir, &id, name, 3 * accepted.queues.len() + 1);
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
+        endpoint.link(config.carrier)?;
         let limits = Arc::new(Limits::new(config.rate, Instant::now()));
         let tables = tables(&run_dir, &id, accepted, how);
+        let live = Arc::new(live_of(config, accepted, &tables));
+        let inboxes = inboxes(accepted.queues.len())?;
+        let name = format!("vif-{}-{}", id.domid, id.devid);
+        let domid = id.domid as DomId;
         let mut queues = Vec::new();
-        let both = tables.memory.as_chunks().0.iter();
-        for (number, (keys, [tx_table, rx_table])) in accepted.queues.iter().zip(both).enumerate() {
+        for (number, (keys, tables_of)) in accepted.queues.iter().zip(&tables.queues).enumerate() {
+            let [tx_table, rx_table] = tables_of;
             queues.push(Queue::start(Start {
                 hypervisor: &*hypervisor,
                 endpoint: endpoint.queue(number)?,
                 config,
-                name: format!("vif-{}-{}.{number}", id.domid, id.devid),
-                domid: id.domid as DomId,
+                name: format!("{name}.{number}"),
+                domid,
                 keys,
                 tx_table,
                 rx_table,
@@ -193,15 +239,51 @@ impl NetDevice {
                 leaves_host: endpoint.abilities().into(),
                 rx_notify: accepted.rx_notify,
                 limits: limits.clone(),
-                shape: Shape { headroom: accepted.xdp_headroom },
+                number,
+                inboxes: inboxes.clone(),
+                live: live.clone(),
                 faults: faults.clone(),
                 tx_counters: stats.block(&format!("tx-ring-{number}")),
                 rx_counters: stats.block(&format!("rx-ring-{number}")),
                 counters: stats.block(&format!("queue-{number}")),
             })?);
         }
+        let ctrl = accepted.ctrl.map(|keys| {
+            CtrlRing::start(ctrl::Start {
+                hypervisor: &*hypervisor,
+                name: format!("{name}.ctrl"),
+                domid,
+                keys,
+                table: &tables.ctrl,
+                past: &tables.past,
+                live: live.clone(),
+                queues: queues.len(),
+                faults: faults.clone(),
+                counters: stats.block("ctrl-ring"),
+            })
+        });
+        let ctrl = ctrl.transpose()?;
         host.keep()?;
-        Ok(Serving { queues, config: config.clone(), limits, _stats: stats })
+        let (config, mut offer) = (config.clone(), offer(config));
+        // The guest has named its groups and will not again: it gets all.
+        offer.multicast &= !matches!(tables.past, Past::Lost(_));
+        Ok(Serving { queues, ctrl, live, offer, config, limits, _stats: stats })
+    }
+
+    /// Changes the link, for later connections too, and tells the guest.
+    fn set_carrier(&mut self, nodes: &Nodes, value: &str) -> Result<Value, Fault> {
+        self.config.set("carrier", value).map_err(Fault)?;
+        let carrier = self.config.carrier;
+        self.carrier = Some(carrier);
+        nodes.write(&[carrier_key(carrier)])?;
+        if let Some(serving) = &mut self.serving {
+            serving.config.carrier = carrier;
+            serving.live.change(|wishes| wishes.carrier = carrier);
+            if let Some(host) = &self.host {
+                host.endpoint().link(carrier)?;
+            }
+        }
+        Ok(json!({"knob": "carrier", "value": value}))
     }
 
     /// Changes a knob of the running queues.
@@ -231,6 +313,8 @@ impl NetDevice {
         let Some(mut serving) = self.serving.take() else { return false };
         // All are told before the first is waited for.
         serving.queues.iter().for_each(Queue::stop);
+        serving.ctrl.iter().for_each(CtrlRing::stop);
+        serving.ctrl = None;
         serving.queues.clear();
         true
     }
@@ -240,11 +324,16 @@ impl Device for NetDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
         let config = self.config_of(nodes)?;
         self.host(nodes)?;
-        Ok(offer(&config).keys())
+        let mut keys = offer(&config).keys();
+        keys.push(carrier_key(config.carrier));
+        Ok(keys)
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
         self.disconnect(Parting::Frontend);
+        if how == Meeting::Attach && nodes.own("carrier")?.as_deref() == Some("0") {
+            self.carrier = Some(Carrier::Down);
+        }
         let config = self.config_of(nodes)?;
         let accepted = Accepted::read(&offer(&config), |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
@@ -259,6 +348,20 @@ impl Device for NetDevice {
         }
         self.serving = Some(serving);
         Ok(Vec::new())
+    }
+
+    fn reconfigure(&mut self, nodes: &Nodes) -> Result<(), Fault> {
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let (multicast, headroom) =
+            Accepted::live(&serving.offer, |key| nodes.front(key).ok().flatten())
+                .map_err(|e| Fault(e.to_string()))?;
+        let now = serving.live.look().wishes;
+        if (now.multicast, now.headroom) != (multicast, headroom) {
+            serving.live.change(|wishes| {
+                (wishes.multicast, wishes.headroom) = (multicast, headroom);
+            });
+        }
+        Ok(())
     }
 
     fn disconnect(&mut self, why: Parting) {
@@ -285,8 +388,9 @@ impl Device for NetDevice {
         Ok(())
     }
 
-    fn control(&mut self, _: &Nodes, line: &str) -> String {
+    fn control(&mut self, nodes: &Nodes, line: &str) -> String {
         control::answer(line, |command| match command {
+            Command::Set { knob, value } if knob == "carrier" => self.set_carrier(nodes, &value),
             Command::Set { knob, value } => self.set(&knob, &value),
         })
     }

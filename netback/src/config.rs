@@ -10,6 +10,25 @@ pub const MAX_QUEUES: u32 = 64;
 /// Most pages of a ring that can be asked for, as an order.
 pub const MAX_RING_PAGE_ORDER: u32 = 4;
 
+/// Whether a vif's link is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// Packets pass.
+    Up,
+    /// They are dropped, both ways, and the guest is told (`carrier` is 0).
+    Down,
+}
+
+impl Carrier {
+    fn parse(text: &str) -> Option<Carrier> {
+        match text {
+            "up" => Some(Carrier::Up),
+            "down" => Some(Carrier::Down),
+            _ => None,
+        }
+    }
+}
+
 /// How a network backend serves its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -24,6 +43,8 @@ pub struct Config {
     pub rx_stall_s: u32,
     /// How much a vif may move each way.
     pub rate: Rate,
+    /// The link.
+    pub carrier: Carrier,
 }
 
 impl Default for Config {
@@ -35,6 +56,7 @@ impl Default for Config {
             poll_us: 0,
             rx_stall_s: 10,
             rate: Rate::default(),
+            carrier: Carrier::Up,
         }
     }
 }
@@ -100,6 +122,16 @@ impl Knobs for Config {
             shows_in: "tx_packets, rx_packets",
             reach: Reach::Live,
             set: |c, v| put(&mut c.rate.packets, v.parse().ok()),
+        },
+        Knob {
+            name: "carrier",
+            unit: "",
+            default: "up",
+            range: "up, down",
+            help: "the link, as the guest and the host see it",
+            shows_in: "tx_packets, rx_packets",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.carrier, Carrier::parse(v)),
         },
     ];
 }

@@ -22,6 +22,8 @@ perf::counters! {
         tx_dropped_offload: Counter [packets],
         /// ... what the vif connects to would not have them.
         tx_dropped_host: Counter [packets],
+        /// ... the link is down.
+        tx_dropped_link: Counter [packets],
         /// Grant copies' calls for packets from the guest.
         tx_batches: Counter [calls],
         /// Packets to the guest.
@@ -42,6 +44,14 @@ perf::counters! {
         rx_dropped_offload: Counter [packets],
         /// ... the guest gave no pages for too long.
         rx_dropped_stalled: Counter [packets],
+        /// ... the link is down.
+        rx_dropped_link: Counter [packets],
+        /// ... the queue that the guest's hash says was too busy.
+        rx_dropped_steered: Counter [packets],
+        /// Packets handed to another queue, as the guest's hash says.
+        rx_steered: Counter [packets],
+        /// Packets to group addresses that the guest has not named.
+        rx_filtered: Counter [packets],
         /// Grant copies' calls for packets to the guest.
         rx_batches: Counter [calls],
         /// Times the guest gave no pages for too long.

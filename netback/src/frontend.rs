@@ -5,6 +5,7 @@
 //! Packets are copied through pages that stay granted as long as the device lives: no grant is made
 //! or ended for a packet.
 
+mod control;
 mod queue;
 mod receive;
 mod transmit;
@@ -22,7 +23,10 @@ use rings::{Corrupt, RingCounters};
 
 use crate::endpoint::Accepts;
 use crate::negotiate::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify};
+use crate::proto::CtrlResponse;
 use crate::stack::Link;
+use control::Control;
+pub use control::HashChoice;
 pub use queue::FrontQueue;
 use queue::{Channels, Queue};
 use receive::Receive;
@@ -42,6 +46,15 @@ pub enum Split {
     Never,
 }
 
+/// Whether a frontend has a control ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CtrlUse {
+    /// Where the backend offers it.
+    Offered,
+    /// No.
+    Never,
+}
+
 /// What a frontend asks for; it gets no more than the backend offers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontOptions {
@@ -53,6 +66,8 @@ pub struct FrontOptions {
     pub max_ring_page_order: u32,
     /// Event channels.
     pub split: Split,
+    /// Control ring.
+    pub ctrl: CtrlUse,
     /// Which group addresses it gets.
     pub multicast: Multicast,
     /// Bytes to leave free before each packet to it, at most 256.
@@ -78,6 +93,7 @@ impl Default for FrontOptions {
             max_queues: 1,
             max_ring_page_order: 0,
             split: Split::Offered,
+            ctrl: CtrlUse::Never,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
             tx_pages: 256,
@@ -145,6 +161,8 @@ struct Device {
     health: Arc<Health>,
     /// Those that nobody uses. All of them outlive the connection.
     queues: Mutex<Vec<Option<Queue>>>,
+    /// It outlives the connection as well.
+    control: Mutex<Option<Control>>,
 }
 
 /// A queue's parts.
@@ -166,7 +184,11 @@ impl NetFront {
         let queues = offer.max_queues.min(options.max_queues).max(1);
         let raws = (0..queues).map(|_| Raw::make(guest, node, &offer, options));
         let raws = raws.collect::<io::Result<Vec<_>>>()?;
-        let chosen = choose(&offer, options, &raws);
+        let wanted = offer.ctrl_ring && options.ctrl == CtrlUse::Offered;
+        let control = wanted.then(|| Control::make(guest, node.backend, options.patience));
+        let control = control.transpose()?;
+        let mut chosen = choose(&offer, options, &raws);
+        chosen.ctrl = control.as_ref().map(Control::keys);
         // A network frontend goes straight to state 4.
         connection.introduce(&chosen.front_keys(), Accepted::is_choice, State::Connected)?;
         let mac = node.front_key(store, "mac").or_else(|| node.back_key(store, "mac"));
@@ -179,7 +201,8 @@ impl NetFront {
         let queues = Mutex::new(made.collect::<io::Result<Vec<_>>>()?);
         let told = health.clone();
         connection.watch(guest, move |_, _, state| told.told(state))?;
-        let device = Arc::new(Device { connection, health, queues });
+        let control = Mutex::new(control);
+        let device = Arc::new(Device { connection, health, queues, control });
         let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
         Ok(NetFront { device, chosen, offer, mac, mtu })
     }
@@ -215,6 +238,57 @@ impl NetFront {
     /// Whether the backend says that there is a carrier; where it says nothing, there is.
     pub fn carrier(&self) -> bool {
         self.device.connection.back_key("carrier").is_none_or(|value| value.trim() != "0")
+    }
+    /// Sends a request over the control ring and waits for its answer. Unsupported: there is none.
+    pub fn control(&self, kind: u16, data: [u32; 3]) -> io::Result<CtrlResponse> {
+        self.with_control(|control| control.ask(kind, data))
+    }
+    /// The page that requests over the control ring may name. Unsupported: there is none.
+    pub fn control_page(&self) -> io::Result<Arc<dyn GrantedPages>> {
+        self.with_control(|control| Ok(control.page().clone()))
+    }
+    /// Has packets to the guest spread over its queues by their hash. Unsupported: there is no
+    /// control ring. InvalidInput: the backend will not.
+    pub fn spread(&self, choice: &HashChoice) -> io::Result<()> {
+        self.with_control(|control| control.choose(choice))
+    }
+    fn with_control<R>(&self, act: impl FnOnce(&mut Control) -> io::Result<R>) -> io::Result<R> {
+        match &mut *self.device.control.lock() {
+            Some(control) => act(control),
+            None => Err(io::Error::new(io::ErrorKind::Unsupported, "there is no control ring")),
+        }
+    }
+    /// Changes which group addresses it gets, at any time. The backend follows soon after.
+    /// Unsupported: it would not follow.
+    pub fn set_multicast(&mut self, multicast: Multicast) -> io::Result<()> {
+        let Connection { node, store, .. } = &self.device.connection;
+        let follows = node.back_key(store, "feature-dynamic-multicast-control");
+        if follows.is_none_or(|value| value.trim() != "1") {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let on = u8::from(multicast == Multicast::Listed);
+        node.set_front_key(store, "request-multicast-control", &on.to_string())?;
+        self.chosen.multicast = multicast;
+        Ok(())
+    }
+    /// Changes how many bytes are left free before each packet to it, at most 256, and waits until
+    /// they are. Unsupported: the backend does not leave any.
+    pub fn set_headroom(&mut self, bytes: u16) -> io::Result<()> {
+        if !self.offer.xdp_headroom {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let Connection { node, store, patience, .. } = &self.device.connection;
+        node.set_front_key(store, "xdp-headroom", &bytes.to_string())?;
+        node.set_state(store, State::Reconfiguring)?;
+        let settled = |s| !matches!(s, State::Connected);
+        let state = node.wait_backend(store, *patience, settled)?;
+        if state != State::Reconfigured {
+            return Err(node.refused(store));
+        }
+        node.set_state(store, State::Connected)?;
+        node.wait_backend(store, *patience, |s| s != State::Reconfigured)?;
+        self.chosen.xdp_headroom = bytes;
+        Ok(())
     }
     /// Why the device is disabled, if it is.
     pub fn fault(&self) -> Option<String> {
@@ -301,14 +375,11 @@ impl Raw {
         };
         let counters = Handle::<RingCounters>::default;
         let transmit = Transmit::new(tx_ring.clone(), tx_pages, sends(offer), counters());
+        let mut transmit = transmit.map_err(unfit)?;
+        // Who hashes takes hashes.
+        transmit.takes_hash = offer.ctrl_ring;
         let receive = Receive::new(rx_ring.clone(), rx_pages, counters());
-        Ok(Raw {
-            transmit: transmit.map_err(unfit)?,
-            receive: receive.map_err(unfit)?,
-            tx_ring,
-            rx_ring,
-            channels,
-        })
+        Ok(Raw { transmit, receive: receive.map_err(unfit)?, tx_ring, rx_ring, channels })
     }
 }
 

@@ -135,6 +135,8 @@ pub struct Accepted {
     pub queues: Vec<QueueKeys>,
 }
 
+/// The keys that [`Accepted::live`] reads.
+pub const LIVE_KEYS: &[&str] = &["request-multicast-control", "xdp-headroom"];
 /// Most bytes that a frontend may have left free in a page (Linux's `XDP_PACKET_HEADROOM` is 256).
 pub const MAX_HEADROOM: u32 = 256;
 
@@ -193,12 +195,14 @@ impl Accepted {
         Ok(if listed { Multicast::Listed } else { Multicast::Flood })
     }
 
-    /// The bytes to leave free before each packet; also read anew when the frontend asks for it.
-    pub fn headroom_of(
+    /// What a frontend may change while it is connected (`request-multicast-control`,
+    /// `xdp-headroom`), read anew.
+    pub fn live(
         offer: &Offer,
         read: impl Fn(&str) -> Option<String>,
-    ) -> Result<u16, Refused> {
-        Self::headroom(offer, &Keys::of_frontend(read))
+    ) -> Result<(Multicast, u16), Refused> {
+        let keys = Keys::of_frontend(read);
+        Ok((Self::multicast(offer, &keys)?, Self::headroom(offer, &keys)?))
     }
 
     fn headroom(

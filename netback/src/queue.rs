@@ -18,9 +18,10 @@ use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::Pool;
 use crate::limit::Limits;
+use crate::live::Live;
+use crate::mailbox::Mailbox;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
-use crate::rx::Shape;
 use worker::{Run, Worker};
 
 /// Frames of one queue, both ways.
@@ -81,7 +82,11 @@ pub(crate) struct Start<'a> {
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub rx_notify: RxNotify,
-    pub shape: Shape,
+    /// Which of the vif's queues it is.
+    pub number: usize,
+    /// Frames that another queue has taken from the endpoint, for each; none where there is but one.
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
     pub limits: Arc<Limits>,
     pub faults: Faults,
     pub tx_counters: Handle<RingCounters>,
@@ -95,25 +100,25 @@ pub(crate) struct Queue {
     counters: Handle<QueueCounters>,
 }
 
-type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
+pub(crate) type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
 
-/// Maps a ring and takes its back end where a predecessor left it. Without its table that is
-/// `rsp_prod`: answers that it had written and not shown lie over slots that are read as requests
-/// then, which costs the guest packets.
-fn attach<P: Protocol>(
+/// Maps a ring of the guest `domid` and takes its back end where a predecessor left it. Without its
+/// table that is `rsp_prod`: answers that it had written and not shown lie over slots that are read
+/// as requests then, which costs the guest packets.
+pub(crate) fn attach<P: Protocol>(
     grants: &dyn Grants,
-    start: &Start<'_>,
-    (refs, table): (&[u32], &TableMemory),
+    (name, domid): (&str, DomId),
+    (refs, table, past): (&[u32], &TableMemory, &Past),
     counters: Handle<RingCounters>,
 ) -> Result<(Ring<P>, Notify), Fault> {
-    let (name, ring) = (&start.name, P::NAME);
+    let ring = P::NAME;
     let mapping = grants
-        .map(start.domid, refs, Access::ReadWrite)
+        .map(domid, refs, Access::ReadWrite)
         .map_err(|e| Fault(format!("{name}: mapping the {ring} ring {refs:?}: {e}")))?
         .into_shared()
         .ok_or_else(|| Fault(format!("{name}: the {ring} ring {refs:?} is read-only")))?;
     let (slots, memory) = (rings::slot_count::<P>(refs.len()), table.clone());
-    let table = match start.past {
+    let table = match past {
         Past::Kept => Table::open(memory, slots),
         Past::None | Past::Lost(_) => Table::format(memory, slots),
     };
@@ -128,10 +133,12 @@ impl Queue {
         let (counters, faults) = (start.counters.clone(), start.faults.clone());
         let (tx_counters, rx_counters) =
             (std::mem::take(&mut start.tx_counters), std::mem::take(&mut start.rx_counters));
+        let place = (&start.name[..], start.domid);
+        let (tx_table, rx_table) = (start.tx_table, start.rx_table);
         let (tx, tx_notify) =
-            attach(&*grants, &start, (&start.keys.tx_refs, start.tx_table), tx_counters)?;
+            attach(&*grants, place, (&start.keys.tx_refs, tx_table, start.past), tx_counters)?;
         let (rx, rx_notify) =
-            attach(&*grants, &start, (&start.keys.rx_refs, start.rx_table), rx_counters)?;
+            attach(&*grants, place, (&start.keys.rx_refs, rx_table, start.past), rx_counters)?;
         let channels = Channels::bind(start.hypervisor, start.domid, start.keys.ports)
             .map_err(|e| Fault(format!("{}: {}", start.name, e.0)))?;
         if tx_notify == Notify::Send {
@@ -153,7 +160,10 @@ impl Queue {
             pool,
             shared: shared.clone(),
             counters: start.counters,
-            shape: start.shape,
+            number: start.number,
+            inboxes: start.inboxes,
+            seen: start.live.look(),
+            live: start.live,
             accepts: start.accepts,
             leaves_host: start.leaves_host,
             leaves_guest: start.accepts.into(),

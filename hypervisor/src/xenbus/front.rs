@@ -113,6 +113,11 @@ impl Node {
         store.get(&format!("{}/{key}", self.front)).ok().flatten()
     }
 
+    /// Writes one key of the frontend's own directory.
+    pub fn set_front_key(&self, store: &Client, key: &str, value: &str) -> Result<(), Error> {
+        store.write(Tx::NONE, &format!("{}/{key}", self.front), value)
+    }
+
     /// Writes keys below the frontend's directory and its state in one transaction, after removing
     /// those of an earlier life that `is_choice` knows by name.
     pub fn choose(

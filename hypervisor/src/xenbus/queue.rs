@@ -6,9 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, Timespec, eventfd, poll};
+use rustix::io::Errno;
 
 use super::{Fault, Faults};
 
@@ -49,6 +51,15 @@ impl Bell {
     /// Readable once it was rung.
     pub fn wake(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+/// Waits for one of the descriptors or the end of the time.
+pub fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
+    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+    match poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -14,10 +14,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use self::device::Carrier;
 pub use self::device::Persistence;
 use self::header::HEADER;
 use super::{Abilities, Accepts, Endpoint, EndpointQueue, Waits};
+use crate::config::Carrier;
 use crate::frame::{Frame, Pool};
 
 /// A TAP device; it goes with its last descriptor, unless it was made to [stay](Persistence).
@@ -80,6 +80,10 @@ impl Endpoint for Tap {
         let state = self.state.lock();
         let end = state.ends.get(number).ok_or(io::ErrorKind::NotFound)?;
         Ok(Box::new(TapQueue { end: Arc::clone(end), full: false, dropped: 0 }))
+    }
+
+    fn link(&self, carrier: Carrier) -> io::Result<()> {
+        device::carrier(self.first().as_fd(), carrier)
     }
 
     fn disconnect(&self) {

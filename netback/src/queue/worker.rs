@@ -10,13 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hypervisor::xenbus::Fault;
-use hypervisor::xenbus::queue::Shared;
+use hypervisor::xenbus::queue::{Shared, wait};
 use hypervisor::{CopyOp, DomId, Grants};
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{Corrupt, Pending};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags};
 
 use super::{Channels, Held, Ring};
 use crate::config::Config;
@@ -24,6 +23,8 @@ use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::frame::{Frame, Pool};
 use crate::limit::Limits;
+use crate::live::{Live, Seen};
+use crate::mailbox::Mailbox;
 use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
 use crate::proto::{Rx, RxRequest, Tx};
@@ -51,7 +52,11 @@ pub(super) struct Worker {
     pub pool: Pool,
     pub shared: Arc<Shared<Config>>,
     pub counters: Handle<QueueCounters>,
-    pub shape: Shape,
+    /// Which of the vif's queues it is, and what others have for each.
+    pub number: usize,
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
+    pub seen: Seen,
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub leaves_guest: Leaves,
@@ -106,6 +111,7 @@ impl Worker {
 
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
+        self.live.refresh(&mut self.seen);
         let sent = self.transmit()?;
         let received = self.receive()?;
         Ok(sent || received)
@@ -127,6 +133,16 @@ impl Worker {
         self.grants
             .copy(self.domid, self.pool.buffer(), &mut self.run.ops)
             .map_err(|e| self.failed("grant copy", &e))
+    }
+
+    /// Frames that other queues have for this one.
+    fn inbox(&self) -> Option<&Mailbox> {
+        self.inboxes.get(self.number)
+    }
+
+    /// How the guest wants its packets.
+    fn shape(&self) -> Shape {
+        Shape { headroom: self.seen.wishes.headroom }
     }
 
     /// Takes over knobs that were changed meanwhile.
@@ -234,19 +250,11 @@ impl Worker {
             second.map_or_else(unused, input),
             input(self.shared.wake()),
             waits.readable.filter(|_| hungry).map_or_else(unused, input),
+            self.inbox().filter(|_| hungry).map_or_else(unused, |inbox| input(inbox.fd())),
             waits.writable.map_or_else(unused, output),
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();
         Ok([ready(0), second.is_some() && ready(1), ready(2)])
-    }
-}
-
-/// Waits for one of the descriptors or the end of the time.
-fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
-    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
-    match poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(e) => Err(e.into()),
     }
 }

@@ -2,6 +2,7 @@
 
 mod grants;
 mod lifetime;
+mod live;
 mod raw;
 mod rig;
 mod watched;

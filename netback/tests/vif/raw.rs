@@ -10,9 +10,9 @@ use hypervisor::xenbus::State;
 use hypervisor::xenbus::front::Node;
 use hypervisor::{Access, DomId, EventChannel, GrantedPages, Guest};
 use netback::endpoint::Accepts;
-use netback::frontend::KIND;
-use netback::negotiate::{Accepted, Multicast, Ports, QueueKeys, RxNotify};
-use netback::proto::{Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
+use netback::frontend::{CtrlUse, KIND};
+use netback::negotiate::{Accepted, CtrlKeys, Multicast, Ports, QueueKeys, RxNotify};
+use netback::proto::{Ctrl, Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
 use perf::Handle;
 use rings::{FrontRing, Notify, PAGE_SIZE};
 
@@ -26,6 +26,7 @@ pub(crate) struct Raw {
     node: Node,
     store: Client,
     pub(crate) queues: Vec<RawQueue>,
+    pub(crate) ctrl: Option<RawCtrl>,
 }
 
 /// Pages for packets to the guest are posted by the tests too.
@@ -34,6 +35,12 @@ pub(crate) struct RawQueue {
     pub(crate) rx: FrontRing<Rx, Arc<dyn GrantedPages>>,
     pub(crate) tx_pages: Arc<dyn GrantedPages>,
     pub(crate) rx_pages: Arc<dyn GrantedPages>,
+    pub(crate) channel: Box<dyn EventChannel>,
+}
+
+/// A control ring.
+pub(crate) struct RawCtrl {
+    pub(crate) ring: FrontRing<Ctrl, Arc<dyn GrantedPages>>,
     pub(crate) channel: Box<dyn EventChannel>,
 }
 
@@ -52,28 +59,44 @@ impl DerefMut for Raw {
 
 impl Raw {
     pub(crate) fn connect(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
-        Raw::with_queues(guest, devid, accepts, 1)
+        Raw::make(guest, devid, accepts, 1, CtrlUse::Never)
+    }
+    pub(crate) fn with_queues(guest: &Frontend, devid: u32, accepts: Accepts, count: u32) -> Raw {
+        Raw::make(guest, devid, accepts, count, CtrlUse::Never)
+    }
+    pub(crate) fn with_ctrl(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
+        Raw::make(guest, devid, accepts, 1, CtrlUse::Offered)
     }
 
-    pub(crate) fn with_queues(guest: &Frontend, devid: u32, accepts: Accepts, count: u32) -> Raw {
+    fn make(guest: &Frontend, devid: u32, accepts: Accepts, count: u32, ctrl_use: CtrlUse) -> Raw {
         let store = guest.store().unwrap();
         let node = Node::find(&store, KIND, devid).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::InitWait).unwrap();
         let (queues, keys) = (0..count).map(|_| RawQueue::make(guest, node.backend)).unzip();
+        let ctrl = (ctrl_use == CtrlUse::Offered).then(|| RawCtrl::make(guest, node.backend));
+        let (ctrl_keys, ctrl) = ctrl.unzip();
         let accepted = Accepted {
             accepts,
             rx_notify: RxNotify::Yes,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
-            ctrl: None,
+            ctrl: ctrl_keys,
             queues: keys,
         };
         let (keys, choice) = (accepted.front_keys(), Accepted::is_choice);
         node.choose(&store, &keys, choice, State::Connected).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::Connected).unwrap();
-        Raw { node, store, queues }
+        Raw { node, store, queues, ctrl }
     }
 
+    /// Writes a key of the frontend's directory.
+    pub(crate) fn set_key(&self, key: &str, value: &str) {
+        self.node.set_front_key(&self.store, key, value).unwrap();
+    }
+    /// Writes the frontend's state.
+    pub(crate) fn set_state(&self, state: u32) {
+        self.set_key("state", &state.to_string());
+    }
     pub(crate) fn backend_state(&self) -> State {
         self.node.backend_state(&self.store).unwrap()
     }
@@ -84,6 +107,16 @@ impl Raw {
     }
     pub(crate) fn close(self) {
         self.node.close(&self.store, LIMIT).unwrap();
+    }
+}
+
+impl RawCtrl {
+    fn make(guest: &Frontend, backend: DomId) -> (CtrlKeys, RawCtrl) {
+        let memory = guest.grant(backend, 1, Access::ReadWrite).unwrap();
+        let channel = guest.alloc_unbound(backend).unwrap();
+        let keys = CtrlKeys { ring_ref: memory.refs()[0], port: channel.port() };
+        let ring = FrontRing::init(memory, Handle::default()).unwrap();
+        (keys, RawCtrl { ring, channel })
     }
 }
 

@@ -32,10 +32,15 @@ pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
+/// How a backend sees the hypervisor.
+type Seen = dyn Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>;
+
 pub(crate) struct Rig {
     dir: tempfile::TempDir,
     hypervisor: Option<(OwnedFd, JoinHandle<()>)>,
     backend: Option<(Sender<()>, JoinHandle<()>)>,
+    open: Arc<Open>,
+    seen: Box<Seen>,
     pub(crate) toolstack: Toolstack,
     pub(crate) domid: u16,
     pub(crate) guest: Option<Arc<Frontend>>,
@@ -50,7 +55,7 @@ impl Rig {
     /// through `seen`.
     pub(crate) fn with(
         open: Arc<Open>,
-        seen: impl FnOnce(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>,
+        seen: impl Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + 'static,
         kind: &str,
         keys: &[(&str, &str)],
     ) -> Rig {
@@ -68,10 +73,10 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let hypervisor = seen(Arc::new(Backend::connect(&socket).unwrap()));
-        let backend = Some(serve_vifs(hypervisor, &run, open));
+        let seen: Box<Seen> = Box::new(seen);
+        let backend = Some(serve_vifs(seen(connect(&run)), &run, open.clone()));
         let hypervisor = Some((hold, thread));
-        let rig = Rig { dir, hypervisor, backend, toolstack, domid, guest };
+        let rig = Rig { dir, hypervisor, backend, open, seen, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
     }
@@ -98,6 +103,21 @@ impl Rig {
     pub(crate) fn detach(&self) -> Detached {
         let store = self.toolstack.store().unwrap();
         toolstack::detach(&store, &self.id(DEVID), 0, LIMIT, Force::No).unwrap()
+    }
+    /// Ends the backend and starts another one, which goes on with the same rings.
+    pub(crate) fn restart(&mut self) {
+        if let Some((stop, thread)) = self.backend.take() {
+            drop(stop);
+            thread.join().unwrap();
+        }
+        let run = self.dir.path().join("run");
+        let hypervisor = (self.seen)(connect(&run));
+        self.backend = Some(serve_vifs(hypervisor, &run, self.open.clone()));
+    }
+    /// Removes what a backend leaves for its successor.
+    pub(crate) fn lose_what_is_left(&self) {
+        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.inflight", self.domid));
+        std::fs::remove_file(path).unwrap();
     }
     pub(crate) fn guest(&self) -> Arc<Frontend> {
         self.guest.clone().unwrap()
@@ -147,11 +167,20 @@ impl Rig {
         let state = State::Initialising.to_string();
         self.guest().store().unwrap().write(Tx::NONE, &path, &state).unwrap();
     }
+    /// The control socket of a vif.
+    pub(crate) fn socket(&self, devid: u32) -> std::path::PathBuf {
+        self.dir.path().join(format!("run/{}/vif-{devid}.sock", self.domid))
+    }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
         let path = format!("/local/domain/0/backend/{}/{key}", self.id(DEVID));
         self.toolstack.store().unwrap().get(&path).unwrap()
     }
+}
+
+/// A backend's connection to the hypervisor.
+fn connect(run: &Path) -> Arc<dyn Hypervisor> {
+    Arc::new(Backend::connect(&run.join(HYPERVISOR_SOCKET)).unwrap())
 }
 
 fn serve_vifs(

@@ -19,7 +19,8 @@ pub struct Connection {
     pub node: Node,
     /// Where they are.
     pub store: Client,
-    patience: Duration,
+    /// How long each step of the backend may take.
+    pub patience: Duration,
     /// Ends the watcher when dropped.
     stop: Mutex<Option<Sender<()>>>,
     watcher: Mutex<Option<JoinHandle<()>>>,

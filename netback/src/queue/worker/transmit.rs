@@ -6,6 +6,7 @@ use hypervisor::xenbus::Fault;
 use rings::Notify;
 
 use super::{BATCH, Worker};
+use crate::config::Carrier;
 use crate::frame::{Frame, HEADROOM, MAX_FRAME};
 use crate::offload::{Impossible, claimed, pass};
 use crate::tx::{Claim, Dropped, Packet, Verdict};
@@ -65,6 +66,12 @@ impl Worker {
 
     /// A frame for the packet that is complete now, and the copies into it.
     fn place(&mut self) {
+        if self.seen.wishes.carrier == Carrier::Down
+            && let Some(packet) = self.run.packets.packets_mut().last_mut()
+            && packet.verdict == Verdict::Frame
+        {
+            packet.verdict = Verdict::Dropped(Dropped::Link);
+        }
         let Some(packet) = self.run.packets.packets().last() else { return };
         let from = self.run.ops.len();
         let frame = match packet.verdict {
@@ -95,12 +102,18 @@ impl Worker {
         }
         let mut slots = 0;
         for packet in packets.packets() {
-            for answer in packets.answers(packet, false) {
+            let accepted = match packet.verdict {
+                Verdict::Multicast(group) => self.live.change(|wishes| wishes.change(group)),
+                Verdict::Frame | Verdict::Dropped(_) => false,
+            };
+            for answer in packets.answers(packet, accepted) {
                 let Some(slot) = self.run.taken.pop_front() else { break };
                 self.tx.respond(slot, &answer);
                 slots += 1;
             }
         }
+        // Frames that these packets call forth are judged by the list as it is now.
+        self.live.refresh(&mut self.seen);
         self.counters.tx_slots.add(slots);
         packets.clear();
         self.run.packets = packets;
@@ -123,7 +136,7 @@ impl Worker {
             return self.pool.give(frame);
         }
         match claimed(&mut frame, packet.claim, packet.gso) {
-            Ok(offload) => frame.offload = offload,
+            Ok(offload) => (frame.offload, frame.hash) = (offload, packet.hash),
             Err(Impossible) => {
                 packet.verdict = Verdict::Dropped(Dropped::Offload);
                 return self.pool.give(frame);
@@ -146,6 +159,7 @@ impl Worker {
             Verdict::Multicast(_) => {}
             Verdict::Dropped(Dropped::Copy) => c.tx_dropped_copy.add(1),
             Verdict::Dropped(Dropped::Offload) => c.tx_dropped_offload.add(1),
+            Verdict::Dropped(Dropped::Link) => c.tx_dropped_link.add(1),
             Verdict::Dropped(Dropped::Slots | Dropped::Size | Dropped::Short) => {
                 c.tx_dropped_bad.add(1);
             }
