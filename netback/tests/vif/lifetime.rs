@@ -4,15 +4,19 @@
 use std::time::{Duration, Instant};
 
 use hypervisor::xenbus::State;
-use netback::proto::RSP_OKAY;
+use netback::frame::{Gso, GsoKind};
+use netback::proto::{
+    Extra, ExtraInfo, RSP_NULL, RSP_OKAY, RX_EXTRA_INFO, TX_CSUM_BLANK, TX_EXTRA_INFO,
+};
 use netback::{FrontOptions, NetFront};
 use rings::mem::SharedMem;
+use zerocopy::IntoBytes;
 
 use crate::raw::Raw;
 use crate::rig::{DEVID, Driver, Rig, until};
 use crate::watched::Watch;
 use crate::xsa::{looped, spread};
-use crate::{ALL, opaque, round_trip};
+use crate::{ALL, opaque, round_trip, tcp_packet};
 
 /// The bad packet comes on each of the queues in turn while the others work, and the device is
 /// destroyed at once.
@@ -41,23 +45,28 @@ fn xsa_374_a_bad_packet_then_destroy() {
     }
 }
 
-/// One free page is no free page for a packet that needs more: it does not count as a sign of life.
+/// One free page is no free page for an unsegmented packet, whose length fits one but which has
+/// to be told of in a second.
 #[test]
-fn xsa_392_one_free_page_and_packets_that_need_more() {
+fn xsa_392_one_free_page_and_an_unsegmented_packet() {
     let (_rig, mut raw) = looped();
-    let bytes = opaque(6, 9000);
-    let slots = spread(&raw, &bytes, &[4096, 4096, 808]);
+    let (bytes, start) = tcp_packet(GsoKind::TcpV4, 3000);
+    let mut slots = spread(&raw, &bytes, &[bytes.len()]);
+    slots[0].flags |= TX_CSUM_BLANK | TX_EXTRA_INFO;
+    slots.push(ExtraInfo::from(Extra::Gso(Gso { kind: GsoKind::TcpV4, size: 1448 })).into());
     raw.post(0, 1);
     for _ in 0..40 {
         raw.send(&slots);
-        assert!(raw.answers(3).iter().all(|answer| answer.status == RSP_OKAY));
+        let answers = raw.answers(2);
+        assert_eq!((answers[0].status, answers[1].status), (RSP_OKAY, RSP_NULL));
     }
     assert!(raw.is_quiet(), "half a packet has come");
     assert_eq!(raw.backend_state(), State::Connected);
-    // With pages it goes on.
-    raw.post(1, 2);
-    let got: Vec<u8> = raw.received(3).into_iter().flat_map(|(_, bytes)| bytes).collect();
-    assert!(got == bytes);
+    // With another page it goes on.
+    raw.post(1, 1);
+    let received = raw.received(2);
+    assert!(received[0].0.has(RX_EXTRA_INFO) && received[0].1[start + 20..] == bytes[start + 20..]);
+    assert_eq!(received[1].0.as_extra().as_bytes(), &slots[1].as_bytes()[..8]);
     raw.close();
 }
 
@@ -76,7 +85,7 @@ fn xsa_392_424_packets_are_dropped_under_load_and_the_queue_goes_on() {
         let (begun, mut sent) = (Instant::now(), 0);
         let before = rig.counter(DEVID, "rx_dropped_stalled");
         // Twice as long as it takes.
-        while begun.elapsed() < Duration::from_secs(2) {
+        while begun.elapsed() < Duration::from_secs(2) || sent < 1000 {
             raw.send(&slots);
             assert!(raw.answers(3).iter().all(|answer| answer.status == RSP_OKAY));
             sent += 1;
@@ -84,10 +93,10 @@ fn xsa_392_424_packets_are_dropped_under_load_and_the_queue_goes_on() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        assert_eq!(rig.counter(DEVID, "rx_stalls"), stall);
+        assert!(rig.counter(DEVID, "rx_stalls") >= stall);
         let dropped = rig.counter(DEVID, "rx_dropped_stalled") - before;
         let lost = rig.counter(DEVID, "tx_dropped_host");
-        assert!(sent > 1000 && dropped > 0, "{sent} were sent, {dropped} dropped, {lost} lost");
+        assert!(dropped > 0, "{sent} were sent, {dropped} dropped, {lost} lost");
         // With a page more nothing has changed; with two the next packet comes whole.
         raw.post(page, 1);
         assert!(raw.is_quiet(), "half a packet has come");
@@ -123,13 +132,12 @@ fn xsa_332_a_storm_of_events_while_a_second_vif_works() {
         driver
     });
     let mut raised = 0u64;
-    while !other.is_finished() || begun.elapsed() < Duration::from_millis(300) {
+    while !other.is_finished() || raised < 20_000 {
         raw.channel.notify().unwrap();
         raised += 1;
     }
     let (sleeps, ms) = (rig.counter(DEVID, "sleeps") - before, begun.elapsed().as_millis() as u64);
     assert!(sleeps <= 100 + ms, "{sleeps} sleeps in {ms} ms for {raised} events");
-    assert!(raised > 2 * (100 + ms), "no storm: {raised} events in {ms} ms");
     let driver = other.join().unwrap();
     assert_eq!(driver.queue.totals().rx_errors, 0);
     drop(driver);
@@ -145,8 +153,8 @@ fn xsa_332_a_storm_of_events_while_a_second_vif_works() {
 #[test]
 fn xsa_465_a_device_goes_while_its_frontend_resumes() {
     let rig = Rig::start("loopback", &[]);
-    let options =
-        FrontOptions { max_queues: 4, patience: Duration::from_secs(2), ..FrontOptions::default() };
+    let options = FrontOptions { max_queues: 4, ..FrontOptions::default() };
+    let hasty = FrontOptions { patience: Duration::from_secs(1), ..options.clone() };
     let mut connected = 0;
     for round in 0..12u64 {
         let front = rig.connect(&options);
@@ -155,7 +163,7 @@ fn xsa_465_a_device_goes_while_its_frontend_resumes() {
         drop(driver);
         front.abandon();
         std::thread::scope(|scope| {
-            let resuming = scope.spawn(|| NetFront::connect(&*rig.guest(), DEVID, &options));
+            let resuming = scope.spawn(|| NetFront::connect(&*rig.guest(), DEVID, &hasty));
             std::thread::sleep(Duration::from_millis(round * 2));
             rig.remove(DEVID);
             if let Ok(front) = resuming.join().expect("no panic") {
