@@ -33,7 +33,7 @@ pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 /// How a backend sees the hypervisor.
-type Seen = dyn Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>;
+type Seen = dyn Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + Send + Sync;
 
 pub(crate) struct Rig {
     dir: tempfile::TempDir,
@@ -55,7 +55,7 @@ impl Rig {
     /// through `seen`.
     pub(crate) fn with(
         open: Arc<Open>,
-        seen: impl Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + 'static,
+        seen: impl Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + Send + Sync + 'static,
         kind: &str,
         keys: &[(&str, &str)],
     ) -> Rig {

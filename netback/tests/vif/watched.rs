@@ -40,7 +40,8 @@ impl Watch {
     /// A rig whose backend is watched.
     pub(crate) fn rig(kind: &str, keys: &[(&str, &str)]) -> (Rig, Arc<Watch>) {
         let watch = Arc::new(Watch::default());
-        let over = |below| Arc::new(Watched { below, watch: watch.clone() }) as _;
+        let seen = watch.clone();
+        let over = move |below| Arc::new(Watched { below, watch: seen.clone() }) as _;
         (Rig::with(Arc::new(netback::open), over, kind, keys), watch)
     }
     /// Pages that are mapped.
