@@ -9,8 +9,9 @@ use blkback::{BlkFront, FrontOptions};
 use blktap::{Disk, blocking};
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{Frontend, Link, Toolstack};
+use hypervisor::xenbus::DeviceId;
+use hypervisor::xenbus::keys::key;
 use hypervisor::xenbus::toolstack::{self, Device};
-use hypervisor::xenbus::{DeviceId, Key};
 
 struct Ended(Child);
 
@@ -19,10 +20,6 @@ impl Drop for Ended {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn key(name: &str, value: impl ToString) -> Key {
-    (name.to_owned(), value.to_string())
 }
 
 fn attach(toolstack: &Toolstack, domid: u16, devid: u32, params: &str) {

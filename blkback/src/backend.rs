@@ -14,15 +14,15 @@ use blktap::live::jobs::{AtTheEnd, Opening};
 use blktap::live::{LiveDisk, Name};
 use blktap::storage::{Access, Cache, Lock, OpenOptions, Sharing};
 use blktap::{Disk, Geometry, NbdDisk, NbdOptions, NbdTarget};
+use hypervisor::xenbus::knobs::Knobs;
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State, Stats,
     inflight,
 };
 use hypervisor::{DomId, Hypervisor};
-use perf::page::{Builder, StatsPage};
 use serde_json::{Value, json};
 
-use crate::config::{ChangedLog, Config, GrantMode, Ordering, Reach};
+use crate::config::{ChangedLog, Config, GrantMode, Ordering};
 use crate::control::{self, Command};
 use crate::inflight::tables;
 use crate::live::{self, Jobs, Task};
@@ -130,7 +130,7 @@ struct Serving {
     stall: Arc<Stall>,
     changed: Option<Arc<ChangedDisk>>,
     geometry: Geometry,
-    _stats: Option<StatsPage>,
+    _stats: Stats,
 }
 
 fn offer(config: &Config) -> Offer {
@@ -233,21 +233,10 @@ impl BlkDevice {
         Ok(json!({"ended": now.get(usize::from(path.is_some()))}))
     }
 
-    fn stats(&self, nodes: &Nodes, queues: usize) -> Option<StatsPage> {
+    fn stats(&self, nodes: &Nodes, queues: usize) -> Stats {
         let name = nodes.own("dev").ok().flatten().or_else(|| Vdev(self.id.devid).name());
-        let device = perf::page::Device {
-            kind: self.id.kind.to_owned(),
-            name: name.unwrap_or_else(|| self.id.devid.to_string()),
-            domid: self.id.domid,
-            devid: self.id.devid.into(),
-        };
-        let path = self
-            .run_dir
-            .join(self.id.domid.to_string())
-            .join(format!("{}-{}.stats", self.id.kind, self.id.devid));
-        let made =
-            Builder::new(device).blocks(4 * queues as u32).bytes((queues + 1) * 8192).create(path);
-        made.inspect_err(|e| tracing::warn!("{}: no stats page: {e}", self.id)).ok()
+        let name = name.unwrap_or_else(|| self.id.devid.to_string());
+        Stats::create(&self.run_dir, &self.id, name, 4 * queues)
     }
 
     fn start(
@@ -282,10 +271,10 @@ impl BlkDevice {
                 past: &tables.past,
                 limits,
                 faults: faults.clone(),
-                ring_counters: block(&stats, &format!("ring-{number}")),
-                pool_counters: block(&stats, &format!("grants-{number}")),
-                counters: block(&stats, &format!("queue-{number}")),
-                engine_counters: block(&stats, &format!("engine-{number}")),
+                ring_counters: stats.block(&format!("ring-{number}")),
+                pool_counters: stats.block(&format!("grants-{number}")),
+                counters: stats.block(&format!("queue-{number}")),
+                engine_counters: stats.block(&format!("engine-{number}")),
             })?);
         }
         serving._stats = stats;
@@ -347,10 +336,7 @@ impl BlkDevice {
         let mut config = serving.config.clone();
         // Another disk of the group may have changed them.
         config.limits = serving.disk.group().limits();
-        config.set(knob, value).map_err(Fault)?;
-        if Config::reach(knob) == Some(Reach::Connect) {
-            return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
-        }
+        config.set_live(knob, value).map_err(Fault)?;
         config.agrees().map_err(Fault)?;
         serving.disk.group().set(config.limits);
         serving.stall.set(config.policies);
@@ -374,10 +360,6 @@ impl BlkDevice {
     }
 }
 
-fn block<T: perf::Block>(page: &Option<StatsPage>, name: &str) -> perf::Handle<T> {
-    page.as_ref().map_or_else(perf::Handle::default, |page| page.block(name))
-}
-
 impl Device for BlkDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
         Ok(offer(&self.config_of(nodes)?).early_keys())
@@ -396,7 +378,7 @@ impl Device for BlkDevice {
         let geometry = disk.geometry();
         let keys = Self::disk_keys(nodes, &config, &geometry)?;
         let limits = Self::limits(&config, &geometry, &keys);
-        let (queues, _stats) = (Vec::new(), None);
+        let (queues, _stats) = (Vec::new(), Stats::default());
         let stall = Stall::new(self.id.to_string(), config.policies);
         let mut serving = Serving {
             queues,

@@ -14,7 +14,7 @@ use blktap::filters::throttle::Limits;
 use blktap::formats::qcow2::L2Cache;
 use blktap::image::Commits;
 use blktap::storage::Cache;
-pub use knobs::{KNOBS, Knob, Reach};
+use hypervisor::xenbus::knobs::{Knob, Knobs};
 
 /// How a payload gets between the guest's pages and the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,33 +131,11 @@ impl Default for Config {
 /// Most queues of one device.
 pub const MAX_QUEUES: u32 = 64;
 
+impl Knobs for Config {
+    const KNOBS: &'static [Knob<Config>] = knobs::KNOBS;
+}
+
 impl Config {
-    /// Sets one knob by name.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
-        let knob = KNOBS.iter().find(|k| k.name == name);
-        let knob = knob.ok_or_else(|| {
-            let names: Vec<&str> = KNOBS.iter().map(|k| k.name).collect();
-            format!("no knob is called {name}; there are: {}", names.join(", "))
-        })?;
-        (knob.set)(self, value)
-            .ok_or_else(|| format!("{name}: {value} is not one of its values ({})", knob.range))
-    }
-
-    /// When a change of the knob takes effect; `None` if there is no such knob.
-    pub fn reach(name: &str) -> Option<Reach> {
-        KNOBS.iter().find(|knob| knob.name == name).map(|knob| knob.reach)
-    }
-
-    /// Sets knobs from `name=value,name=value`, as the `options` key of a backend's node holds.
-    pub fn set_all(&mut self, list: &str) -> Result<(), String> {
-        for item in list.split(',').filter(|item| !item.is_empty()) {
-            let (name, value) =
-                item.split_once('=').ok_or_else(|| format!("{item}: write it as name=value"))?;
-            self.set(name.trim(), value.trim())?;
-        }
-        Ok(())
-    }
-
     /// Whether the knobs agree with each other: what is wrong, and what to do.
     pub fn agrees(&self) -> Result<(), String> {
         self.limits.agree()?;
@@ -180,16 +158,6 @@ impl Config {
     pub fn persistent_idle(&self) -> Duration {
         Duration::from_secs(self.persistent_idle_s.into())
     }
-}
-
-/// The table of all knobs for docs/tuning.md.
-pub fn markdown() -> String {
-    let head = "| knob | unit | default | values | what it does | live | shows in |\n|---|---|---|---|---|---|---|\n";
-    KNOBS.iter().fold(head.to_owned(), |table, k| {
-        let live = if k.reach == Reach::Live { "yes" } else { "" };
-        let row = [k.name, k.unit, k.default, k.range, k.help, live, k.shows_in].join(" | ");
-        format!("{table}| {row} |\n")
-    })
 }
 
 #[cfg(test)]

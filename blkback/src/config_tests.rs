@@ -2,7 +2,7 @@ use super::*;
 
 #[test]
 fn every_knob_takes_its_default() {
-    for knob in KNOBS.iter().filter(|k| k.default != "CPUs") {
+    for knob in Config::KNOBS.iter().filter(|k| k.default != "CPUs") {
         let mut config = Config::default();
         config.set(knob.name, knob.default).unwrap();
         assert_eq!(config, Config::default(), "{}", knob.name);

@@ -18,10 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blktap::{Disk, DiskQueue, Done, Full, Geometry, Request};
-use crossbeam::channel::{Sender, bounded};
-use hypervisor::store::Client;
 use hypervisor::xenbus::State;
-use hypervisor::xenbus::front::Stage;
+use hypervisor::xenbus::front::{Connection, Stage};
 use hypervisor::{Access, EventChannel, GrantedPages, Guest};
 use parking_lot::Mutex;
 use perf::Handle;
@@ -31,7 +29,7 @@ use crate::config::GrantMode;
 use crate::counters::QueueCounters;
 use crate::negotiate::{Accepted, Protocol, QueueKeys};
 use crate::proto::{Native, SEGMENTS_PER_PAGE, X86_32, X86_64};
-use handshake::{Chosen, DiskInfo, KIND, KeySet, Node};
+use handshake::{Chosen, DiskInfo, KIND, KeySet, Node, is_choice};
 use pages::Region;
 use queue::{AnyQueue, Parts, Queue};
 use shared::Shared;
@@ -91,26 +89,13 @@ pub struct BlkFront {
 }
 
 struct Device {
+    /// The first to go: the backend must be done with what follows.
+    connection: Connection,
     guest: Arc<dyn Guest>,
-    node: Node,
-    store: Client,
     shared: Arc<Shared>,
     free: Mutex<Vec<Box<dyn AnyQueue>>>,
     chosen: Chosen,
-    options: FrontOptions,
     counters: Vec<FrontCounters>,
-    /// Ends the watcher when dropped.
-    stop: Mutex<Option<Sender<()>>>,
-    watcher: Mutex<Option<std::thread::JoinHandle<()>>>,
-    ending: Mutex<Ending>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// By the handshake, when dropped.
-    Polite,
-    /// It has been closed, or is to be left as it is.
-    Done,
 }
 
 /// A ring's parts before its queue is made.
@@ -150,13 +135,9 @@ impl BlkFront {
     /// Connects to the backend of the guest's block device `devid`, which a toolstack has made.
     /// A device that an earlier life of this guest left connected is connected anew.
     pub fn connect(guest: Arc<dyn Guest>, devid: u32, options: FrontOptions) -> io::Result<Self> {
-        let store = guest.store()?;
-        let node = Node::find(&store, KIND, devid)?;
-        if node.own_state(&store)? != State::Initialising {
-            node.set_state(&store, State::Initialising)?;
-        }
-        node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
-        let offered = handshake::offer(&store, &node).map_err(io::Error::other)?;
+        let connection = Connection::meet(&*guest, KIND, devid, options.patience)?;
+        let (node, store) = (&connection.node, &connection.store);
+        let offered = handshake::offer(store, node).map_err(io::Error::other)?;
         let essential = options.keys == KeySet::Essential;
         let limit = |n: u32, plain: u32| if essential { plain } else { n };
         let queues = limit(offered.max_queues.min(options.max_queues).max(1), 1);
@@ -164,7 +145,7 @@ impl BlkFront {
         let most = options.max_indirect_segments.min(SEGMENTS_PER_PAGE as u32);
         let max_indirect = limit(offered.max_indirect_segments.min(most), 0) as usize;
         let raws = (0..queues)
-            .map(|_| Raw::make(&*guest, &node, order, &options, max_indirect))
+            .map(|_| Raw::make(&*guest, node, order, &options, max_indirect))
             .collect::<io::Result<Vec<_>>>()?;
         let keys = raws
             .iter()
@@ -177,12 +158,8 @@ impl BlkFront {
         let chosen = Chosen { accepted, keys: options.keys };
         // The rings must be empty rings before the backend maps them.
         raws.iter().try_for_each(|raw| raw.empty(options.protocol))?;
-        let info = introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
-            // Done with, so that the next connection begins anew.
-            if let Err(e) = node.set_state(&store, State::Closed) {
-                tracing::debug!("{}: {e}", node.front);
-            }
-        })?;
+        connection.introduce(&chosen.keys(), is_choice, State::Initialised)?;
+        let info = DiskInfo::read(store, node).inspect_err(|_| connection.give_up())?;
         let shared = Arc::new(Shared::new(info)?);
         let counters = raws.iter().map(|_| FrontCounters::default()).collect::<Vec<_>>();
         let mut free = Vec::new();
@@ -191,21 +168,11 @@ impl BlkFront {
             let parts = raw.parts(name, &shared, max_indirect, &options, &counters[number]);
             free.push(queue_of(options.protocol, parts)?);
         }
-        node.set_state(&store, State::Connected)?;
-        let device = Device {
-            guest,
-            node,
-            store,
-            shared,
-            free: Mutex::new(free),
-            chosen,
-            options,
-            counters,
-            stop: Mutex::new(None),
-            watcher: Mutex::new(None),
-            ending: Mutex::new(Ending::Polite),
-        };
-        device.watch()?;
+        node.set_state(store, State::Connected)?;
+        let told = shared.clone();
+        connection.watch(&*guest, move |store, node, state| told.told(store, node, state))?;
+        let free = Mutex::new(free);
+        let device = Device { connection, guest, shared, free, chosen, counters };
         Ok(BlkFront { device: Arc::new(device) })
     }
 
@@ -237,7 +204,8 @@ impl BlkFront {
     pub fn buffer(&self, len: usize) -> io::Result<GrantedBuffer> {
         let device = &self.device;
         let pages = len.div_ceil(PAGE_SIZE).max(1);
-        let granted = device.guest.grant(device.node.backend, pages, Access::ReadWrite)?;
+        let granted =
+            device.guest.grant(device.connection.node.backend, pages, Access::ReadWrite)?;
         device.shared.regions.add(Region::new(granted.clone()));
         Ok(GrantedBuffer { granted })
     }
@@ -247,26 +215,11 @@ impl BlkFront {
         if self.device.free.lock().len() != self.queues() && self.fault().is_none() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "a queue is in use"));
         }
-        self.device.close()
+        self.device.connection.close()
     }
     /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
     pub fn abandon(self) {
-        *self.device.ending.lock() = Ending::Done;
-    }
-}
-
-/// Writes the choice, waits for the backend and reads what its disk is.
-fn introduce(
-    store: &Client,
-    node: &Node,
-    chosen: &Chosen,
-    patience: Duration,
-) -> io::Result<DiskInfo> {
-    chosen.write(store, node)?;
-    let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
-    match node.wait_backend(store, patience, settled)? {
-        State::Connected => DiskInfo::read(store, node),
-        _ => Err(node.refused(store)),
+        self.device.connection.abandon();
     }
 }
 
@@ -319,48 +272,6 @@ impl Raw {
             poll_us: options.poll_us,
             ring_counters: counters.ring.clone(),
             counters: counters.queue.clone(),
-        }
-    }
-}
-
-impl Device {
-    fn watch(&self) -> io::Result<()> {
-        let (stop, stopped) = bounded(0);
-        let (store, node, shared) = (self.guest.store()?, self.node.clone(), self.shared.clone());
-        let run = move || {
-            let told = |state| shared.told(&store, &node, state);
-            if let Err(e) = node.watch(&store, &stopped, told) {
-                shared.health.fail(format!("watching the backend: {e}"));
-            }
-        };
-        let thread = std::thread::Builder::new().name("blkfront".into()).spawn(run)?;
-        (*self.stop.lock(), *self.watcher.lock()) = (Some(stop), Some(thread));
-        Ok(())
-    }
-
-    fn end_watch(&self) {
-        *self.stop.lock() = None;
-        if let Some(thread) = self.watcher.lock().take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the watcher of a block frontend panicked");
-        }
-    }
-
-    fn close(&self) -> io::Result<()> {
-        *self.ending.lock() = Ending::Done;
-        self.end_watch();
-        self.node.close(&self.store, self.options.patience)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        self.end_watch();
-        if *self.ending.lock() == Ending::Polite
-            && let Err(e) = self.node.close(&self.store, self.options.patience)
-        {
-            tracing::warn!("{}: closing: {e}", self.node.front);
         }
     }
 }

@@ -1,4 +1,4 @@
-use hypervisor::xenbus::inflight::{Past, forget, path};
+use hypervisor::xenbus::inflight::{Past, forget};
 use rings::inflight::InFlight;
 
 use super::*;
@@ -80,10 +80,11 @@ fn those_of_other_rings_are_not_taken() {
 #[test]
 fn where_no_file_can_be_made_the_tables_lie_on_the_heap() {
     let run = tempfile::tempdir().unwrap();
-    std::fs::create_dir_all(path(run.path(), &id()).with_extension("inflight.new")).unwrap();
+    std::fs::create_dir_all(id().file(run.path(), "inflight").with_extension("inflight.new"))
+        .unwrap();
     let tables = tables(run.path(), &id(), &accepted(), Meeting::Fresh);
     for memory in &tables.memory {
         assert!(Table::<Req, _>::format(memory.clone(), slots()).is_ok());
     }
-    assert!(!path(run.path(), &id()).exists());
+    assert!(!id().file(run.path(), "inflight").exists());
 }

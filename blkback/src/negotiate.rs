@@ -1,12 +1,12 @@
 //! What the two ends tell each other through xenstore before the ring runs: pure functions from
 //! and to keys. The keys are those of Xen's io/blkif.h.
 
+mod front;
+
 use hypervisor::xenbus::Key;
+use hypervisor::xenbus::keys::{Keys, Refused, key, shown};
 
 use crate::proto::{VDISK_CDROM, VDISK_READONLY, VDISK_REMOVABLE};
-
-mod front;
-pub use front::Unusable;
 
 /// What a backend offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,10 +44,6 @@ pub struct DiskKeys {
     pub discard: Option<u32>,
     /// Whether a secure discard is possible.
     pub secure_discard: bool,
-}
-
-fn key(name: &str, value: impl ToString) -> Key {
-    (name.to_owned(), value.to_string())
 }
 
 impl Offer {
@@ -126,114 +122,28 @@ pub struct Accepted {
     pub queues: Vec<QueueKeys>,
 }
 
-/// Why a frontend's keys are refused. The texts reach `error/backend/...`.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// A key that must be there is not.
-    #[error("frontend key {0} is missing")]
-    Missing(String),
-    /// A key's value is no number.
-    #[error("frontend key {key} is {value:?}, which is not a number")]
-    NotANumber {
-        /// The key.
-        key: String,
-        /// Its value, shortened.
-        value: String,
-    },
-    /// A number is out of its range.
-    #[error("frontend key {key} is {value}; {low} to {high} were offered")]
-    OutOfRange {
-        /// The key.
-        key: String,
-        /// Its value.
-        value: u32,
-        /// Least.
-        low: u32,
-        /// Most.
-        high: u32,
-    },
-    /// The two names of the ring's size disagree.
-    #[error("frontend keys ring-page-order ({order}) and num-ring-pages ({pages}) disagree")]
-    Disagree {
-        /// `ring-page-order`
-        order: u32,
-        /// `num-ring-pages`
-        pages: u32,
-    },
-    /// `num-ring-pages` is not a power of two.
-    #[error("frontend key num-ring-pages is {0}, which is not a power of two")]
-    NotAPower(u32),
-    /// `protocol` names none that there is.
-    #[error("frontend key protocol is {0:?}; x86_64-abi and x86_32-abi are supported")]
-    UnknownProtocol(String),
-    /// The port is 0, which is none.
-    #[error("frontend key {0} is 0, which is no port")]
-    NoPort(String),
-    /// Two rings share a page.
-    #[error("frontend key {0} names a page of another ring")]
-    SharedPage(String),
-    /// Two queues share a port.
-    #[error("frontend key {0} names the port of another queue")]
-    SharedPort(String),
-}
-
-/// Longest piece of a guest's value that is repeated in an error.
-const SHOWN: usize = 40;
-
-fn shown(value: &str) -> String {
-    value.chars().take(SHOWN).collect()
-}
-
-struct Keys<F>(F);
-
-impl<F: Fn(&str) -> Option<String>> Keys<F> {
-    fn number(&self, name: &str) -> Result<Option<u32>, Refused> {
-        let Some(value) = (self.0)(name) else { return Ok(None) };
-        let digits = value.trim();
-        // `parse` alone would take a sign.
-        let plain = digits.bytes().all(|b| b.is_ascii_digit());
-        match digits.parse() {
-            Ok(number) if plain => Ok(Some(number)),
-            _ => Err(Refused::NotANumber { key: name.into(), value: shown(&value) }),
-        }
-    }
-    fn required(&self, name: &str) -> Result<u32, Refused> {
-        self.number(name)?.ok_or_else(|| Refused::Missing(name.into()))
-    }
-    fn within(
-        &self,
-        name: &str,
-        default: Option<u32>,
-        low: u32,
-        high: u32,
-    ) -> Result<Option<u32>, Refused> {
-        match self.number(name)? {
-            None => Ok(default),
-            Some(n) if (low..=high).contains(&n) => Ok(Some(n)),
-            Some(value) => Err(Refused::OutOfRange { key: name.into(), value, low, high }),
-        }
-    }
-}
-
 impl Accepted {
     /// Reads a frontend's keys through `read`. It may know none of the optional ones.
     pub fn read(offer: &Offer, read: impl Fn(&str) -> Option<String>) -> Result<Accepted, Refused> {
-        let keys = Keys(read);
-        let protocol = match (keys.0)("protocol").as_deref().map(str::trim) {
+        let keys = Keys::of_frontend(read);
+        let protocol = match keys.get("protocol").as_deref().map(str::trim) {
             None | Some("x86_64-abi") => Protocol::X86_64,
             Some("x86_32-abi") => Protocol::X86_32,
             Some("arm-abi") if cfg!(not(target_arch = "x86_64")) => Protocol::Native,
-            Some(other) => return Err(Refused::UnknownProtocol(shown(other))),
+            Some(other) => {
+                let other = shown(other);
+                let why = format!("is {other}; x86_64-abi and x86_32-abi are supported");
+                return Err(keys.refuse("protocol", why));
+            }
         };
         let persistent = keys.number("feature-persistent")?.unwrap_or(0) == 1;
-        let count =
-            keys.within("multi-queue-num-queues", Some(1), 1, offer.max_queues)?.unwrap_or(1);
+        let count = keys.within("multi-queue-num-queues", 1, 1, offer.max_queues)?;
         let pages = Self::ring_pages(&keys, offer)?;
         let mut accepted = Accepted { protocol, persistent, queues: Vec::new() };
         for number in 0..count {
             let prefix = if count == 1 { String::new() } else { format!("queue-{number}/") };
             let queue = Self::queue(&keys, &prefix, pages)?;
-            accepted.check_apart(&queue, &prefix)?;
+            accepted.check_apart(&keys, &queue, &prefix)?;
             accepted.queues.push(queue);
         }
         Ok(accepted)
@@ -246,12 +156,16 @@ impl Accepted {
         offer: &Offer,
     ) -> Result<Option<u32>, Refused> {
         let most = offer.max_ring_page_order;
-        let order = keys.within("ring-page-order", None, 0, most)?;
-        let pages = keys.within("num-ring-pages", None, 1, 1 << most)?;
+        let order = keys.optional("ring-page-order", 0, most)?;
+        let pages = keys.optional("num-ring-pages", 1, 1u32 << most)?;
         match (order, pages) {
-            (_, Some(pages)) if !pages.is_power_of_two() => Err(Refused::NotAPower(pages)),
+            (_, Some(pages)) if !pages.is_power_of_two() => {
+                let why = format!("is {pages}, which is not a power of two");
+                Err(keys.refuse("num-ring-pages", why))
+            }
             (Some(order), Some(pages)) if 1 << order != pages => {
-                Err(Refused::Disagree { order, pages })
+                let both = format!("ring-page-order ({order}) and num-ring-pages ({pages})");
+                Err(Refused(format!("frontend keys {both} disagree")))
             }
             (Some(order), _) => Ok(Some(1 << order)),
             (None, pages) => Ok(pages),
@@ -265,9 +179,9 @@ impl Accepted {
     ) -> Result<QueueKeys, Refused> {
         let name = |key: &str| format!("{prefix}{key}");
         // A single page may stand as `ring-ref` even where the order is written too.
-        let single = matches!(pages, None | Some(1)) && (keys.0)(&name("ring-ref")).is_some();
+        let single = matches!(pages, None | Some(1)) && keys.get(&name("ring-ref")).is_some();
         // Linux's backend takes `ring-ref0` for a single page too.
-        let numbered = pages.is_some() || (keys.0)(&name("ring-ref0")).is_some();
+        let numbered = pages.is_some() || keys.get(&name("ring-ref0")).is_some();
         let ring_refs = if single || !numbered {
             vec![keys.required(&name("ring-ref"))?]
         } else {
@@ -275,24 +189,26 @@ impl Accepted {
                 .map(|i| keys.required(&name(&format!("ring-ref{i}"))))
                 .collect::<Result<_, _>>()?
         };
-        let key = name("event-channel");
-        match keys.required(&key)? {
-            // Xen never gives out port 0.
-            0 => Err(Refused::NoPort(key)),
-            port => Ok(QueueKeys { ring_refs, port }),
-        }
+        Ok(QueueKeys { ring_refs, port: keys.port(&name("event-channel"))? })
     }
 
     /// Two rings in one page would make nonsense of both.
-    fn check_apart(&self, queue: &QueueKeys, prefix: &str) -> Result<(), Refused> {
+    fn check_apart(
+        &self,
+        keys: &Keys<impl Fn(&str) -> Option<String>>,
+        queue: &QueueKeys,
+        prefix: &str,
+    ) -> Result<(), Refused> {
         let mine = &queue.ring_refs;
         let twice = (1..mine.len()).any(|i| mine[..i].contains(&mine[i]));
         let shared = self.queues.iter().any(|q| q.ring_refs.iter().any(|r| mine.contains(r)));
         if twice || shared {
-            return Err(Refused::SharedPage(format!("{prefix}ring-ref")));
+            let name = format!("{prefix}ring-ref");
+            return Err(keys.refuse(&name, "names a page of another ring"));
         }
         if self.queues.iter().any(|q| q.port == queue.port) {
-            return Err(Refused::SharedPort(format!("{prefix}event-channel")));
+            let name = format!("{prefix}event-channel");
+            return Err(keys.refuse(&name, "names the port of another queue"));
         }
         Ok(())
     }

@@ -265,27 +265,28 @@ fn a_backend_that_says_little() {
 #[test]
 fn a_backend_that_talks_nonsense() {
     assert_eq!(DiskKeys::read(|_| None).unwrap_err().to_string(), "backend key sectors is missing");
-    for (key, value) in [
-        ("sectors", "36028797018963968"),
-        ("sectors", "-1"),
-        ("sector-size", "256"),
-        ("sector-size", "513"),
-        ("physical-sector-size", "0"),
-        ("discard-granularity", "0"),
-        ("feature-discard", "yes"),
-        ("info", "4294967296"),
+    let not_a_number = |value| format!("{value:?}, which is not a number");
+    for (key, value, why) in [
+        ("sectors", "36028797018963968", "36028797018963968; 0 to 36028797018963967 make sense"),
+        ("sectors", "-1", &not_a_number("-1")),
+        ("sector-size", "256", "256; 512 to 2147483648 make sense"),
+        ("sector-size", "513", "513, which is not a power of two"),
+        ("physical-sector-size", "0", "0; 512 to 2147483648 make sense"),
+        ("discard-granularity", "0", "0; 1 to 4294967295 make sense"),
+        ("feature-discard", "yes", &not_a_number("yes")),
+        ("info", "4294967296", &not_a_number("4294967296")),
     ] {
         let read = |k: &str| match k {
             _ if k == key => Some(value.to_owned()),
             "sectors" => Some("8".to_owned()),
             _ => None,
         };
-        let text = format!("backend key {key} is {value:?}, which makes no sense");
+        let text = format!("backend key {key} is {why}");
         assert_eq!(DiskKeys::read(read).unwrap_err().to_string(), text);
     }
     for (key, value) in [("max-ring-pages", "0"), ("multi-queue-max-queues", "0")] {
         let read = |k: &str| (k == key).then(|| value.to_owned());
-        let text = format!("backend key {key} is {value:?}, which makes no sense");
+        let text = format!("backend key {key} is 0; 1 to 4294967295 make sense");
         assert_eq!(Offer::read(read).unwrap_err().to_string(), text);
     }
 }

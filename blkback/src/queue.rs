@@ -5,8 +5,6 @@ mod slots;
 mod worker;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -14,14 +12,13 @@ use blktap::Disk;
 use blktap::engine::EngineCounters;
 use blktap::filters::stall::Stall;
 use hypervisor::xenbus::inflight::{Past, TableMemory};
+use hypervisor::xenbus::queue::{Shared, Thread};
 use hypervisor::xenbus::{Fault, Faults, Parting};
 use hypervisor::{Access, DomId, Hypervisor, SharedMapping};
-use parking_lot::Mutex;
 use perf::Handle;
 use rings::inflight::Forget;
 use rings::persistent::PoolCounters;
 use rings::{BackRing, InFlight, Notify, Pending, RingCounters, Table};
-use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, GrantMode};
 use crate::counters::QueueCounters;
@@ -32,54 +29,18 @@ use perf::polling::Pollers;
 use slots::Slots;
 use worker::{Run, Worker};
 
-/// What a queue's thread and the device's control share.
-pub(crate) struct Shared {
-    stop: AtomicBool,
+/// What the device tells its queue beside knobs.
+pub(crate) struct Told {
     flush: AtomicBool,
     sectors: AtomicU64,
-    /// Knobs that can change while the queue runs; `changes` counts the changes.
-    knobs: Mutex<Config>,
-    changes: AtomicU64,
-    wake: OwnedFd,
 }
 
-impl Shared {
-    fn new(config: &Config, sectors: u64) -> io::Result<Shared> {
-        Ok(Shared {
-            stop: AtomicBool::new(false),
-            flush: AtomicBool::new(false),
-            sectors: AtomicU64::new(sectors),
-            knobs: Mutex::new(config.clone()),
-            changes: AtomicU64::new(0),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        })
-    }
-    fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
+impl Told {
     fn flushing(&self) -> bool {
         self.flush.load(Ordering::Relaxed)
     }
     fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Relaxed)
-    }
-    /// The knobs, if they have changed since change number `known`.
-    fn changed(&self, known: &mut u64) -> Option<Config> {
-        let changes = self.changes.load(Ordering::Acquire);
-        if changes == *known {
-            return None;
-        }
-        *known = changes;
-        Some(self.knobs.lock().clone())
-    }
-    /// Takes the wake-up, so that the next sleep lasts.
-    fn woken(&self) {
-        if let Err(e) = rustix::io::read(&self.wake, &mut [0; 8]) {
-            tracing::debug!("a queue's wake-up: {e}");
-        }
-    }
-    fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
     }
 }
 
@@ -108,9 +69,8 @@ pub(crate) struct Start<'a> {
 
 /// A running queue; stopped and drained when dropped.
 pub(crate) struct Queue {
-    shared: Arc<Shared>,
-    thread: Option<std::thread::JoinHandle<()>>,
-    tid: Arc<AtomicU64>,
+    thread: Thread<Config>,
+    told: Arc<Told>,
     counters: Handle<QueueCounters>,
     /// Requests of a predecessor that are served again.
     pub(crate) replays: u32,
@@ -187,7 +147,11 @@ impl Queue {
         }
         let segments =
             (usize::from(start.limits.max_indirect_segments)).max(crate::proto::MAX_SEGMENTS);
-        let shared = Arc::new(Shared::new(config, start.limits.sectors)?);
+        let shared = Shared::new(config)?;
+        let told = Arc::new(Told {
+            flush: AtomicBool::new(false),
+            sectors: AtomicU64::new(start.limits.sectors),
+        });
         let mut disk = start.disk.queue(size as u32)?;
         disk.count_in(start.engine_counters);
         disk.prioritize(config.io_priority);
@@ -206,6 +170,7 @@ impl Queue {
             ),
             slots: Slots::new(size, segments),
             shared: shared.clone(),
+            told: told.clone(),
             stall: Arc::clone(start.stall),
             limits: start.limits,
             counters: counters.clone(),
@@ -213,69 +178,47 @@ impl Queue {
             run: Run::new(size, segments),
         };
         let cpus = cpus_of(config, start.number);
-        let (tid, faults) = (Arc::new(AtomicU64::new(0)), start.faults);
-        let seen = tid.clone();
-        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || {
-            seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
+        let thread = Thread::start(name.clone(), shared, start.faults, move || {
             if let Err(e) = cpus.and_then(|cpus| bind_to(&cpus)) {
                 tracing::warn!("{}: cannot bind to processors: {e}", worker.name);
             }
-            // A panic is a bug of ours; without a report the guest would wait for ever.
-            let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
-            let result = ended.unwrap_or_else(|_| Err(Fault("a queue's thread panicked".into())));
-            if let Err(fault) = result {
-                faults.report(fault);
-            }
+            worker.run()
         })?;
-        Ok(Queue { shared, thread: Some(thread), tid, counters: start.counters, replays })
+        Ok(Queue { thread, told, counters: start.counters, replays })
     }
 
     /// Tells the queue of a new size.
     pub(crate) fn resize(&self, sectors: u64) {
-        self.shared.sectors.store(sectors, Ordering::Relaxed);
+        self.told.sectors.store(sectors, Ordering::Relaxed);
     }
 
     /// Gives the queue new values of its live knobs.
     pub(crate) fn set(&self, config: &Config) {
-        *self.shared.knobs.lock() = config.clone();
-        self.shared.changes.fetch_add(1, Ordering::Release);
-        self.wake();
+        self.thread.set(config);
     }
 
     /// Has the queue look again at what it keeps.
     pub(crate) fn wake(&self) {
-        // It fails where the count is full, and then the thread wakes anyway.
-        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            tracing::debug!("waking a queue: {e}");
-        }
+        self.thread.ring();
     }
 
-    /// Notes how much processor time the thread has used: what this host spends on the guest.
+    /// Notes how much processor time the thread has used.
     pub(crate) fn note_cpu(&self) {
-        let path = format!("/proc/self/task/{}/schedstat", self.tid.load(Ordering::Relaxed));
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        if let Some(ns) = text.split(' ').next().and_then(|ns| ns.parse().ok()) {
+        if let Some(ns) = self.thread.cpu_ns() {
             self.counters.cpu_ns.set(ns);
         }
     }
 
     /// Asks the thread to stop; dropping the queue waits for it.
     pub(crate) fn stop(&self, why: Parting) {
-        self.shared.flush.fetch_or(why == Parting::Leave, Ordering::Relaxed);
-        self.shared.stop.store(true, Ordering::Release);
-        self.wake();
+        self.told.flush.fetch_or(why == Parting::Leave, Ordering::Relaxed);
+        self.thread.stop();
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
         self.note_cpu();
-        self.stop(Parting::Frontend);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a queue's thread panicked");
-        }
     }
 }
 
@@ -315,6 +258,8 @@ fn bind_to(cpus: &[u32]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use hypervisor::xenbus::knobs::Knobs;
+
     use super::*;
 
     #[test]

@@ -4,27 +4,31 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hypervisor::xenbus::inflight::Past;
+use hypervisor::xenbus::knobs::Knobs;
 use hypervisor::xenbus::{
-    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State,
+    Backend, Device, DeviceId, Fault, Faults, Key, LogLimit, Meeting, Nodes, Parting, State, Stats,
     inflight,
 };
 use hypervisor::{DomId, Hypervisor};
-use perf::page::{Builder, StatsPage};
 use serde_json::{Value, json};
 
-use crate::config::Config;
+use crate::config::{Carrier, Config};
 use crate::control::{self, Command};
+use crate::ctrl::{self, CtrlRing};
 use crate::endpoint::Endpoint;
 use crate::endpoint::named;
 use crate::endpoint::tap::{Persistence, Tap};
 use crate::filter::Filter;
 use crate::filter::guard::{Addresses, AntiSpoof};
 use crate::hold::{Amount, Then};
-use crate::inflight::tables;
+use crate::inflight::{Lasting, tables};
+use crate::kept::Kept;
 use crate::limit::{self, Limits};
-use crate::negotiate::{Accepted, Offer};
-use crate::queue::{Live, Queue, Start};
-use crate::rx::Shape;
+use crate::live::{Live, Wishes};
+use crate::mailbox::Mailbox;
+use crate::negotiate::{Accepted, LIVE_KEYS, Multicast, Offer};
+use crate::queue::{Queue, Settings, Start};
 
 /// Name of the hotplug script whose nodes are ours.
 pub const SCRIPT: &str = "vif-ringback";
@@ -92,6 +96,9 @@ impl Backend for NetBackend {
     fn script(&self) -> &'static str {
         SCRIPT
     }
+    fn live_keys(&self) -> &'static [&'static str] {
+        LIVE_KEYS
+    }
     fn device(&self, id: &DeviceId) -> Box<dyn Device> {
         Box::new(NetDevice {
             hypervisor: self.hypervisor.clone(),
@@ -101,6 +108,7 @@ impl Backend for NetBackend {
             id: id.clone(),
             host: None,
             serving: None,
+            carrier: None,
             output: Then::Pass,
             log: LogLimit::default(),
         })
@@ -116,6 +124,8 @@ struct NetDevice {
     /// There from the first look at the node on: hotplug scripts want to find it.
     host: Option<Box<dyn Host>>,
     serving: Option<Serving>,
+    /// The link, if an operator has changed it.
+    carrier: Option<Carrier>,
     /// What becomes of what the guest sends, now and when it connects again.
     output: Then,
     /// The guest decides how often it connects.
@@ -125,10 +135,13 @@ struct NetDevice {
 /// What exists while a device is connected.
 struct Serving {
     queues: Vec<Queue>,
-    live: Live,
+    ctrl: Option<CtrlRing>,
+    live: Arc<Live>,
+    offer: Offer,
+    settings: Settings,
     addresses: Addresses,
     limits: Arc<Limits>,
-    _stats: Option<StatsPage>,
+    _stats: Stats,
 }
 
 fn offer(config: &Config) -> Offer {
@@ -138,16 +151,39 @@ fn offer(config: &Config) -> Offer {
         tso6: true,
         checksum6: true,
         split: true,
-        multicast: false,
-        ctrl_ring: false,
-        xdp_headroom: false,
+        multicast: true,
+        ctrl_ring: true,
+        xdp_headroom: true,
         max_queues: config.max_queues,
         max_ring_page_order: config.max_ring_page_order,
     }
 }
 
-fn block<T: perf::Block>(page: &Option<StatsPage>, name: &str) -> perf::Handle<T> {
-    page.as_ref().map_or_else(perf::Handle::default, |page| page.block(name))
+fn carrier_key(carrier: Carrier) -> Key {
+    ("carrier".into(), if carrier == Carrier::Up { "1" } else { "0" }.into())
+}
+
+/// What holds when the queues begin.
+fn live_of(config: &Config, accepted: &Accepted, lasting: &Lasting) -> Live {
+    let mut wishes = Wishes {
+        multicast: accepted.multicast,
+        headroom: accepted.xdp_headroom,
+        carrier: config.carrier,
+        ..Wishes::default()
+    };
+    let kept = Kept::new(lasting.kept.clone());
+    match lasting.past {
+        Past::None => {}
+        Past::Kept => kept.load(accepted.queues.len(), &mut wishes),
+        Past::Lost(_) => wishes.multicast = Multicast::Flood,
+    }
+    Live::new(wishes, kept)
+}
+
+/// One for each queue, if there are several.
+fn inboxes(queues: usize) -> std::io::Result<Arc<[Mailbox]>> {
+    let made = if queues > 1 { queues } else { 0 };
+    (0..made).map(|_| Mailbox::new()).collect()
 }
 
 impl NetDevice {
@@ -167,11 +203,12 @@ impl NetDevice {
         if let Some(mode) = nodes.own("antispoof")? {
             config.set("antispoof", mode.trim()).map_err(Fault)?;
         }
+        config.carrier = self.carrier.unwrap_or(config.carrier);
         Ok(config)
     }
 
     /// The knobs with what they make of the node.
-    fn live(config: Config, nodes: &Nodes) -> Result<(Live, Addresses), Fault> {
+    fn settings(config: Config, nodes: &Nodes) -> Result<(Settings, Addresses), Fault> {
         let (mac, ip) = (nodes.own("mac")?, nodes.own("ip")?);
         let is_watched = config.antispoof != AntiSpoof::Off;
         let addresses = Addresses::parse(mac.as_deref(), ip.as_deref());
@@ -179,7 +216,7 @@ impl NetDevice {
         let addresses =
             if is_watched { addresses.map_err(Fault)? } else { addresses.unwrap_or_default() };
         let filter = Filter::new(&config, &addresses).map_err(Fault)?;
-        Ok((Live { config, filter }, addresses))
+        Ok((Settings { config, filter }, addresses))
     }
 
     /// What the vif stands on, opened if it is not.
@@ -197,48 +234,38 @@ impl NetDevice {
         Ok(Offer { max_queues: config.max_queues.min(most), ..offer(config) })
     }
 
-    fn stats(&self, queues: usize) -> Option<StatsPage> {
-        let device = perf::page::Device {
-            kind: self.id.kind.to_owned(),
-            name: format!("vif{}", self.id.devid),
-            domid: self.id.domid,
-            devid: self.id.devid.into(),
-        };
-        let path = self
-            .run_dir
-            .join(self.id.domid.to_string())
-            .join(format!("{}-{}.stats", self.id.kind, self.id.devid));
-        let made =
-            Builder::new(device).blocks(3 * queues as u32).bytes((queues + 1) * 8192).create(path);
-        made.inspect_err(|e| tracing::warn!("{}: no stats page: {e}", self.id)).ok()
-    }
-
     fn start(
         &mut self,
         nodes: &Nodes,
-        config: Config,
-        accepted: &Accepted,
+        (settings, addresses): (Settings, Addresses),
+        (mut offer, accepted): (Offer, &Accepted),
         (how, faults): (Meeting, &Faults),
     ) -> Result<Serving, Fault> {
-        let stats = self.stats(accepted.queues.len());
-        let (live, addresses) = Self::live(config, nodes)?;
+        let config = &settings.config;
         let (hypervisor, id) = (self.hypervisor.clone(), self.id.clone());
         let (run_dir, output) = (self.run_dir.clone(), self.output);
+        let name = format!("vif{}", id.devid);
+        let stats = Stats::create(&run_dir, &id, name, 3 * accepted.queues.len() + 1);
         let host = self.host(nodes)?;
         let endpoint = host.endpoint();
         endpoint.connect(accepted.queues.len(), accepted.accepts)?;
-        let limits = Arc::new(Limits::new(live.config.rate, Instant::now()));
+        endpoint.link(config.carrier)?;
+        let limits = Arc::new(Limits::new(config.rate, Instant::now()));
         let tables = tables(&run_dir, &id, accepted, how);
+        let live = Arc::new(live_of(config, accepted, &tables));
+        let inboxes = inboxes(accepted.queues.len())?;
+        let name = format!("vif-{}-{}", id.domid, id.devid);
+        let domid = id.domid as DomId;
         let mut queues = Vec::new();
-        let both = tables.memory.as_chunks().0.iter();
-        for (number, (keys, [tx_table, rx_table])) in accepted.queues.iter().zip(both).enumerate() {
+        for (number, (keys, tables_of)) in accepted.queues.iter().zip(&tables.queues).enumerate() {
+            let [tx_table, rx_table] = tables_of;
             queues.push(Queue::start(Start {
                 hypervisor: &*hypervisor,
                 endpoint: endpoint.queue(number)?,
-                live: &live,
+                settings: &settings,
                 output,
-                name: format!("vif-{}-{}.{number}", id.domid, id.devid),
-                domid: id.domid as DomId,
+                name: format!("{name}.{number}"),
+                domid,
                 keys,
                 tx_table,
                 rx_table,
@@ -247,15 +274,50 @@ impl NetDevice {
                 leaves_host: endpoint.abilities().into(),
                 rx_notify: accepted.rx_notify,
                 limits: limits.clone(),
-                shape: Shape { headroom: accepted.xdp_headroom },
+                number,
+                inboxes: inboxes.clone(),
+                live: live.clone(),
                 faults: faults.clone(),
-                tx_counters: block(&stats, &format!("tx-ring-{number}")),
-                rx_counters: block(&stats, &format!("rx-ring-{number}")),
-                counters: block(&stats, &format!("queue-{number}")),
+                tx_counters: stats.block(&format!("tx-ring-{number}")),
+                rx_counters: stats.block(&format!("rx-ring-{number}")),
+                counters: stats.block(&format!("queue-{number}")),
             })?);
         }
+        let ctrl = accepted.ctrl.map(|keys| {
+            CtrlRing::start(ctrl::Start {
+                hypervisor: &*hypervisor,
+                name: format!("{name}.ctrl"),
+                domid,
+                keys,
+                table: &tables.ctrl,
+                past: &tables.past,
+                live: live.clone(),
+                queues: queues.len(),
+                faults: faults.clone(),
+                counters: stats.block("ctrl-ring"),
+            })
+        });
+        let ctrl = ctrl.transpose()?;
         host.keep()?;
-        Ok(Serving { queues, live, addresses, limits, _stats: stats })
+        // The guest has named its groups and will not again: it gets all.
+        offer.multicast &= !matches!(tables.past, Past::Lost(_));
+        Ok(Serving { queues, ctrl, live, offer, settings, addresses, limits, _stats: stats })
+    }
+
+    /// Changes the link, for later connections too, and tells the guest.
+    fn set_carrier(&mut self, nodes: &Nodes, value: &str) -> Result<Value, Fault> {
+        self.config.set("carrier", value).map_err(Fault)?;
+        let carrier = self.config.carrier;
+        self.carrier = Some(carrier);
+        nodes.write(&[carrier_key(carrier)])?;
+        if let Some(serving) = &mut self.serving {
+            serving.settings.config.carrier = carrier;
+            serving.live.change(|wishes| wishes.carrier = carrier);
+            if let Some(host) = &self.host {
+                host.endpoint().link(carrier)?;
+            }
+        }
+        Ok(json!({"knob": "carrier", "value": value}))
     }
 
     /// Changes a knob of the running queues.
@@ -263,15 +325,12 @@ impl NetDevice {
         let Some(serving) = &mut self.serving else {
             return Err(Fault("the device is not connected".into()));
         };
-        let mut config = serving.live.config.clone();
-        config.set(knob, value).map_err(Fault)?;
-        if matches!(knob, "max_queues" | "max_ring_page_order") {
-            return Err(Fault(format!("{knob} takes effect when a guest connects; set it before")));
-        }
+        let mut config = serving.settings.config.clone();
+        config.set_live(knob, value).map_err(Fault)?;
         let filter = Filter::new(&config, &serving.addresses).map_err(Fault)?;
         serving.limits.set(config.rate, Instant::now());
-        serving.live = Live { config, filter };
-        serving.queues.iter().for_each(|queue| queue.set(&serving.live));
+        serving.settings = Settings { config, filter };
+        serving.queues.iter().for_each(|queue| queue.set(&serving.settings));
         Ok(json!({"knob": knob, "value": value}))
     }
 
@@ -299,6 +358,8 @@ impl NetDevice {
         let Some(mut serving) = self.serving.take() else { return false };
         // All are told before the first is waited for.
         serving.queues.iter().for_each(Queue::stop);
+        serving.ctrl.iter().for_each(CtrlRing::stop);
+        serving.ctrl = None;
         serving.queues.clear();
         true
     }
@@ -308,17 +369,23 @@ impl Device for NetDevice {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault> {
         let config = self.config_of(nodes)?;
         // What is missing is said before a guest is started.
-        Self::live(config.clone(), nodes)?;
-        Ok(self.offer(nodes, &config)?.keys())
+        Self::settings(config.clone(), nodes)?;
+        let mut keys = self.offer(nodes, &config)?.keys();
+        keys.push(carrier_key(config.carrier));
+        Ok(keys)
     }
 
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault> {
         self.disconnect(Parting::Frontend);
+        if how == Meeting::Attach && nodes.own("carrier")?.as_deref() == Some("0") {
+            self.carrier = Some(Carrier::Down);
+        }
         let config = self.config_of(nodes)?;
         let offer = self.offer(nodes, &config)?;
         let accepted = Accepted::read(&offer, |key| nodes.front(key).ok().flatten())
             .map_err(|e| Fault(e.to_string()))?;
-        let serving = self.start(nodes, config, &accepted, (how, &faults))?;
+        let settings = Self::settings(config, nodes)?;
+        let serving = self.start(nodes, settings, (offer, &accepted), (how, &faults))?;
         if self.log.permits(&self.id) {
             tracing::info!(
                 "{}: {} with {} queue(s)",
@@ -329,6 +396,20 @@ impl Device for NetDevice {
         }
         self.serving = Some(serving);
         Ok(Vec::new())
+    }
+
+    fn reconfigure(&mut self, nodes: &Nodes) -> Result<(), Fault> {
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let (multicast, headroom) =
+            Accepted::live(&serving.offer, |key| nodes.front(key).ok().flatten())
+                .map_err(|e| Fault(e.to_string()))?;
+        let now = serving.live.look().wishes;
+        if (now.multicast, now.headroom) != (multicast, headroom) {
+            serving.live.change(|wishes| {
+                (wishes.multicast, wishes.headroom) = (multicast, headroom);
+            });
+        }
+        Ok(())
     }
 
     fn disconnect(&mut self, why: Parting) {
@@ -355,8 +436,9 @@ impl Device for NetDevice {
         Ok(())
     }
 
-    fn control(&mut self, _: &Nodes, line: &str) -> String {
+    fn control(&mut self, nodes: &Nodes, line: &str) -> String {
         control::answer(line, |command| match command {
+            Command::Set { knob, value } if knob == "carrier" => self.set_carrier(nodes, &value),
             Command::Set { knob, value } => self.set(&knob, &value),
             Command::HoldOutput {} => self.output(Then::Hold, Queue::hold),
             Command::ReleaseOutput { then } => self.output(then, |queue| queue.release(then)),

@@ -1,5 +1,7 @@
 //! The knobs of a network backend.
 
+use hypervisor::xenbus::knobs::{Knob, Knobs, Reach, number, put};
+
 use crate::filter::guard::AntiSpoof;
 use crate::filter::vlan::MAX_VLAN;
 use crate::limit::Rate;
@@ -9,6 +11,25 @@ pub const MAX_QUEUES: u32 = 64;
 
 /// Most pages of a ring that can be asked for, as an order.
 pub const MAX_RING_PAGE_ORDER: u32 = 4;
+
+/// Whether a vif's link is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// Packets pass.
+    Up,
+    /// They are dropped, both ways, and the guest is told (`carrier` is 0).
+    Down,
+}
+
+impl Carrier {
+    fn parse(text: &str) -> Option<Carrier> {
+        match text {
+            "up" => Some(Carrier::Up),
+            "down" => Some(Carrier::Down),
+            _ => None,
+        }
+    }
+}
 
 /// How a network backend serves its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +45,8 @@ pub struct Config {
     pub rx_stall_s: u32,
     /// How much a vif may move each way.
     pub rate: Rate,
+    /// The link.
+    pub carrier: Carrier,
     /// How closely the guest's addresses are watched.
     pub antispoof: AntiSpoof,
     /// The VLAN that the vif is in; 0 is none, and tags pass as they are.
@@ -39,100 +62,132 @@ impl Default for Config {
             poll_us: 0,
             rx_stall_s: 10,
             rate: Rate::default(),
+            carrier: Carrier::Up,
             antispoof: AntiSpoof::Off,
             vlan: 0,
         }
     }
 }
 
-impl Config {
-    /// Sets the knob `name`.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
-        let rate = match name {
-            "rate_bytes" => Some(&mut self.rate.bytes),
-            "rate_packets" => Some(&mut self.rate.packets),
-            _ => None,
-        };
-        if let Some(rate) = rate {
-            *rate = value.parse().map_err(|_| format!("{name}={value}: a number a second"))?;
-            return Ok(());
-        }
-        if name == "antispoof" {
-            self.antispoof = match value {
-                "off" => AntiSpoof::Off,
-                "mac" => AntiSpoof::Mac,
-                "ip" => AntiSpoof::Ip,
-                _ => return Err(format!("{name}={value}: off, mac or ip")),
-            };
-            return Ok(());
-        }
-        let (place, low, high) = match name {
-            "max_queues" => (&mut self.max_queues, 1, MAX_QUEUES),
-            "max_ring_page_order" => (&mut self.max_ring_page_order, 0, MAX_RING_PAGE_ORDER),
-            "poll_us" => (&mut self.poll_us, 0, 1_000_000),
-            "rx_stall_s" => (&mut self.rx_stall_s, 1, 3600),
-            "vlan" => (&mut self.vlan, 0, MAX_VLAN),
-            _ => return Err(format!("there is no knob {name}")),
-        };
-        let number = value.parse().ok().filter(|n| (low..=high).contains(n));
-        *place = number.ok_or_else(|| format!("{name}={value}: {low} to {high}"))?;
-        Ok(())
-    }
-
-    /// Sets knobs from a list `NAME=VALUE,...`.
-    pub fn set_all(&mut self, list: &str) -> Result<(), String> {
-        for pair in list.split(',').filter(|pair| !pair.is_empty()) {
-            let (name, value) =
-                pair.split_once('=').ok_or_else(|| format!("{pair}: not NAME=VALUE"))?;
-            self.set(name.trim(), value.trim())?;
-        }
-        Ok(())
-    }
+impl Knobs for Config {
+    const KNOBS: &'static [Knob<Config>] = &[
+        Knob {
+            name: "max_queues",
+            unit: "queues",
+            default: "CPUs",
+            range: "1 to 64",
+            help: "most queues offered; each has a thread of its own",
+            shows_in: "tx_packets and rx_packets of each queue",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.max_queues, number(v, 1, MAX_QUEUES)),
+        },
+        Knob {
+            name: "max_ring_page_order",
+            unit: "order of pages",
+            default: "4",
+            range: "0 to 4",
+            help: "largest rings offered: 4 is 16 pages; only frontends that know of it, as ours, have more than one",
+            shows_in: "ring_full",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, MAX_RING_PAGE_ORDER)),
+        },
+        Knob {
+            name: "poll_us",
+            unit: "microseconds",
+            default: "0",
+            range: "0 to 1000000",
+            help: "how long a queue polls before it sleeps, at most",
+            shows_in: "polls_paid, sleeps, cpu_ns",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.poll_us, number(v, 0, 1_000_000)),
+        },
+        Knob {
+            name: "rx_stall_s",
+            unit: "seconds",
+            default: "10",
+            range: "1 to 3600",
+            help: "after which frames that wait for a guest's pages are dropped",
+            shows_in: "rx_stalls, rx_dropped_stalled",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rx_stall_s, number(v, 1, 3600)),
+        },
+        Knob {
+            name: "rate_bytes",
+            unit: "bytes/s",
+            default: "0",
+            range: "0 (no limit) to 2^64 - 1",
+            help: "bytes a second each way, of all queues together; the vif's key `rate` of a toolstack goes before it",
+            shows_in: "tx_bytes, rx_bytes",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rate.bytes, v.parse().ok()),
+        },
+        Knob {
+            name: "rate_packets",
+            unit: "packets/s",
+            default: "0",
+            range: "0 (no limit) to 2^64 - 1",
+            help: "packets a second each way, of all queues together",
+            shows_in: "tx_packets, rx_packets",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.rate.packets, v.parse().ok()),
+        },
+        Knob {
+            name: "carrier",
+            unit: "",
+            default: "up",
+            range: "up, down",
+            help: "the link, as the guest and the host see it",
+            shows_in: "tx_packets, rx_packets",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.carrier, Carrier::parse(v)),
+        },
+        Knob {
+            name: "antispoof",
+            unit: "",
+            default: "off",
+            range: "off, mac, ip",
+            help: "whether the guest must use the addresses of its node's keys `mac` and `ip`",
+            shows_in: "tx_dropped_spoofed",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.antispoof, AntiSpoof::parse(v)),
+        },
+        Knob {
+            name: "vlan",
+            unit: "",
+            default: "0",
+            range: "0 (none) to 4094",
+            help: "the VLAN that the vif is in; its guest sees no tags",
+            shows_in: "tx_dropped_vlan, rx_dropped_vlan",
+            reach: Reach::Live,
+            set: |c, v| put(&mut c.vlan, number(v, 0, MAX_VLAN)),
+        },
+    ];
 }
 
 #[cfg(test)]
 mod tests {
-    use perf::Block;
-
     use super::*;
 
-    /// The columns of the page's table of these knobs.
-    fn rows() -> Vec<Vec<&'static str>> {
-        let page = include_str!("../../docs/tuning.md");
-        let (_, table) = page.split_once("| network knob |").expect("the table");
-        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
-        rows.map(|row| row.split('|').map(str::trim).skip(1).collect()).collect()
-    }
-
     #[test]
-    fn the_page_about_tuning_says_what_the_code_does() {
-        let rows = rows();
-        assert_eq!(rows.len(), 8);
-        let known = |name: &str| {
-            let fields = [crate::QueueCounters::FIELDS, rings::RingCounters::FIELDS];
-            fields.iter().any(|fields| fields.iter().any(|field| field.name == name))
-        };
-        for row in rows {
-            let (name, default) = (row[0], row[2]);
+    fn every_knob_takes_its_default_and_nothing_beyond_its_range() {
+        for knob in Config::KNOBS {
             let mut config = Config::default();
-            if default != "CPUs" {
-                config.set(name, default).expect("its default");
+            if knob.default != "CPUs" {
+                config.set(knob.name, knob.default).unwrap();
             }
-            assert_eq!(config, Config::default(), "{name}");
-            for counter in row[6].split([',', ' ']).filter(|word| word.contains('_')) {
-                assert!(known(counter), "{name} shows in {counter}, which no counter is called");
+            assert_eq!(config, Config::default(), "{}", knob.name);
+            for bad in ["", "-1", "x", "18446744073709551616"] {
+                assert!(config.set(knob.name, bad).is_err(), "{}={bad}", knob.name);
             }
-        }
-    }
-
-    #[test]
-    fn values_without_a_meaning_are_refused() {
-        for list in ["vlan=4095", "vlan=-1", "antispoof=yes", "poll_us=1000001", "speed=1", "vlan"]
-        {
-            assert!(Config::default().set_all(list).is_err(), "{list}");
         }
         let mut config = Config::default();
-        config.set_all("vlan=7,antispoof=ip").expect("two knobs");
-        assert_eq!((config.vlan, config.antispoof), (7, AntiSpoof::Ip));
+        config.set_all("rate_bytes=5, poll_us=7,vlan=4094,antispoof=ip").unwrap();
+        assert_eq!((config.rate.bytes, config.poll_us), (5, 7));
+        assert_eq!((config.vlan, config.antispoof), (4094, AntiSpoof::Ip));
+        for list in ["vlan=4095", "vlan", "antispoof=yes", "poll_us=1000001", "speed=1"] {
+            assert!(config.set_all(list).is_err(), "{list}");
+        }
+        assert_eq!(config.set_live("rx_stall_s", "1"), Ok(()));
+        assert!(config.set_live("max_queues", "1").unwrap_err().contains("set it before"));
     }
 }

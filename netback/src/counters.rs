@@ -28,6 +28,8 @@ perf::counters! {
         tx_dropped_held: Counter [packets],
         /// ... what the vif connects to would not have them.
         tx_dropped_host: Counter [packets],
+        /// ... the link is down.
+        tx_dropped_link: Counter [packets],
         /// Packets from the guest that are held now (`hold-output`).
         tx_held: Gauge [packets],
         /// Grant copies' calls for packets from the guest.
@@ -52,6 +54,14 @@ perf::counters! {
         rx_dropped_offload: Counter [packets],
         /// ... the guest gave no pages for too long.
         rx_dropped_stalled: Counter [packets],
+        /// ... the link is down.
+        rx_dropped_link: Counter [packets],
+        /// ... the queue that the guest's hash says was too busy.
+        rx_dropped_steered: Counter [packets],
+        /// Packets handed to another queue, as the guest's hash says.
+        rx_steered: Counter [packets],
+        /// Packets to group addresses that the guest has not named.
+        rx_filtered: Counter [packets],
         /// Grant copies' calls for packets to the guest.
         rx_batches: Counter [calls],
         /// Times the guest gave no pages for too long.

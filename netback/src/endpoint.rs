@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
+use crate::config::Carrier;
 use crate::frame::{Frame, Pool};
 
 /// What an endpoint can take over from, or leave to, the guest's end.
@@ -61,6 +62,11 @@ pub trait Endpoint: Send + Sync {
     fn connect(&self, queues: usize, accepts: Accepts) -> io::Result<()>;
     /// The end that queue `number` works with, from 0 on; after [`connect`](Self::connect).
     fn queue(&self, number: usize) -> io::Result<Box<dyn EndpointQueue>>;
+    /// While a guest is connected: an operator has taken the link down, or up again. Packets are
+    /// dropped elsewhere; this is for who can show it to the other side.
+    fn link(&self, _: Carrier) -> io::Result<()> {
+        Ok(())
+    }
     /// The guest is gone: queues have been dropped; the link is down.
     fn disconnect(&self);
 }

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use hypervisor::Buffer;
 
+use crate::hash::Hash;
+
 /// Bytes kept free before each frame, for a header of the endpoint's own (virtio-net's has 12) and
 /// a VLAN tag.
 pub const HEADROOM: usize = 64;
@@ -75,6 +77,8 @@ pub struct Frame {
     len: usize,
     /// What is left to do with it.
     pub offload: Offload,
+    /// Its hash, where one was asked for or told.
+    pub hash: Option<Hash>,
 }
 
 impl Frame {
@@ -155,6 +159,7 @@ impl Pool {
             start: HEADROOM,
             len: 0,
             offload: Offload::default(),
+            hash: None,
         };
         // The one given back last is taken first: its memory is in the cache.
         let free = (0..arena.buffer.len() / STRIDE).rev().map(frame).collect();
@@ -200,7 +205,8 @@ impl Pool {
     /// An empty frame with [`HEADROOM`]; none when all are in use.
     pub fn take(&mut self) -> Option<Frame> {
         let mut frame = self.free.pop()?;
-        (frame.start, frame.len, frame.offload) = (HEADROOM, 0, Offload::default());
+        (frame.start, frame.len) = (HEADROOM, 0);
+        (frame.offload, frame.hash) = (Offload::default(), None);
         Some(frame)
     }
 

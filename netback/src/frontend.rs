@@ -5,6 +5,7 @@
 //! Packets are copied through pages that stay granted as long as the device lives: no grant is made
 //! or ended for a packet.
 
+mod control;
 mod queue;
 mod receive;
 mod transmit;
@@ -13,10 +14,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
-use hypervisor::store::Client;
 use hypervisor::xenbus::State;
-use hypervisor::xenbus::front::{Health, Node};
+use hypervisor::xenbus::front::{Connection, Health, Node};
 use hypervisor::{Access, GrantedPages, Guest};
 use parking_lot::Mutex;
 use perf::Handle;
@@ -24,7 +23,10 @@ use rings::{Corrupt, RingCounters};
 
 use crate::endpoint::Accepts;
 use crate::negotiate::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify};
+use crate::proto::CtrlResponse;
 use crate::stack::Link;
+use control::Control;
+pub use control::HashChoice;
 pub use queue::FrontQueue;
 use queue::{Channels, Queue};
 use receive::Receive;
@@ -44,6 +46,15 @@ pub enum Split {
     Never,
 }
 
+/// Whether a frontend has a control ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CtrlUse {
+    /// Where the backend offers it.
+    Offered,
+    /// No.
+    Never,
+}
+
 /// What a frontend asks for; it gets no more than the backend offers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontOptions {
@@ -55,6 +66,8 @@ pub struct FrontOptions {
     pub max_ring_page_order: u32,
     /// Event channels.
     pub split: Split,
+    /// Control ring.
+    pub ctrl: CtrlUse,
     /// Which group addresses it gets.
     pub multicast: Multicast,
     /// Bytes to leave free before each packet to it, at most 256.
@@ -80,6 +93,7 @@ impl Default for FrontOptions {
             max_queues: 1,
             max_ring_page_order: 0,
             split: Split::Offered,
+            ctrl: CtrlUse::Never,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
             tx_pages: 256,
@@ -142,24 +156,13 @@ pub struct NetFront {
 }
 
 struct Device {
-    node: Node,
-    store: Client,
+    /// The first to go: the backend must be done with what follows.
+    connection: Connection,
     health: Arc<Health>,
     /// Those that nobody uses. All of them outlive the connection.
     queues: Mutex<Vec<Option<Queue>>>,
-    patience: Duration,
-    /// Ends the watcher when dropped.
-    stop: Mutex<Option<Sender<()>>>,
-    watcher: Mutex<Option<std::thread::JoinHandle<()>>>,
-    ending: Mutex<Ending>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// By the handshake, when dropped.
-    Polite,
-    /// It has been closed, or is to be left as it is.
-    Done,
+    /// It outlives the connection as well.
+    control: Mutex<Option<Control>>,
 }
 
 /// A queue's parts.
@@ -175,41 +178,31 @@ impl NetFront {
     /// Connects to the backend of the guest's network device `devid`, which a toolstack has made.
     /// A device that an earlier life of this guest left connected is connected anew.
     pub fn connect(guest: &dyn Guest, devid: u32, options: &FrontOptions) -> io::Result<NetFront> {
-        let store = guest.store()?;
-        let node = Node::find(&store, KIND, devid)?;
-        if node.own_state(&store)? != State::Initialising {
-            node.set_state(&store, State::Initialising)?;
-        }
-        node.wait_backend(&store, options.patience, |s| s == State::InitWait)?;
-        let offer = Offer::read(|key| node.back_key(&store, key)).map_err(io::Error::other)?;
+        let connection = Connection::meet(guest, KIND, devid, options.patience)?;
+        let (node, store) = (&connection.node, &connection.store);
+        let offer = Offer::read(|key| node.back_key(store, key)).map_err(io::Error::other)?;
         let queues = offer.max_queues.min(options.max_queues).max(1);
-        let raws = (0..queues).map(|_| Raw::make(guest, &node, &offer, options));
+        let raws = (0..queues).map(|_| Raw::make(guest, node, &offer, options));
         let raws = raws.collect::<io::Result<Vec<_>>>()?;
-        let chosen = choose(&offer, options, &raws);
-        introduce(&store, &node, &chosen, options.patience).inspect_err(|_| {
-            // Done with, so that the next connection begins anew.
-            if let Err(e) = node.set_state(&store, State::Closed) {
-                tracing::debug!("{}: {e}", node.front);
-            }
-        })?;
-        let mac = node.front_key(&store, "mac").or_else(|| node.back_key(&store, "mac"));
-        let mtu = node.front_key(&store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
+        let wanted = offer.ctrl_ring && options.ctrl == CtrlUse::Offered;
+        let control = wanted.then(|| Control::make(guest, node.backend, options.patience));
+        let control = control.transpose()?;
+        let mut chosen = choose(&offer, options, &raws);
+        chosen.ctrl = control.as_ref().map(Control::keys);
+        // A network frontend goes straight to state 4.
+        connection.introduce(&chosen.front_keys(), Accepted::is_choice, State::Connected)?;
+        let mac = node.front_key(store, "mac").or_else(|| node.back_key(store, "mac"));
+        let mtu = node.front_key(store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
         let health = Arc::new(Health::new()?);
         let made = raws.into_iter().enumerate().map(|(number, raw)| {
             let name = format!("vif-{devid}.{number}");
             Queue::new(health.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
         });
-        let device = Arc::new(Device {
-            store,
-            queues: Mutex::new(made.collect::<io::Result<Vec<_>>>()?),
-            health,
-            patience: options.patience,
-            stop: Mutex::new(None),
-            watcher: Mutex::new(None),
-            ending: Mutex::new(Ending::Polite),
-            node,
-        });
-        device.watch(guest)?;
+        let queues = Mutex::new(made.collect::<io::Result<Vec<_>>>()?);
+        let told = health.clone();
+        connection.watch(guest, move |_, _, state| told.told(state))?;
+        let control = Mutex::new(control);
+        let device = Arc::new(Device { connection, health, queues, control });
         let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
         Ok(NetFront { device, chosen, offer, mac, mtu })
     }
@@ -218,8 +211,10 @@ impl NetFront {
     pub fn queue(&self, number: usize) -> io::Result<FrontQueue> {
         let queue = self.device.queues.lock().get_mut(number).and_then(Option::take);
         let queue = queue.ok_or_else(|| {
-            let text =
-                format!("{}: queue {number} is in use, or not there", self.device.node.front);
+            let text = format!(
+                "{}: queue {number} is in use, or not there",
+                self.device.connection.node.front
+            );
             io::Error::new(io::ErrorKind::ResourceBusy, text)
         })?;
         Ok(FrontQueue::new(queue, number, self.device.clone()))
@@ -242,8 +237,58 @@ impl NetFront {
     }
     /// Whether the backend says that there is a carrier; where it says nothing, there is.
     pub fn carrier(&self) -> bool {
-        let device = &self.device;
-        device.node.back_key(&device.store, "carrier").is_none_or(|value| value.trim() != "0")
+        self.device.connection.back_key("carrier").is_none_or(|value| value.trim() != "0")
+    }
+    /// Sends a request over the control ring and waits for its answer. Unsupported: there is none.
+    pub fn control(&self, kind: u16, data: [u32; 3]) -> io::Result<CtrlResponse> {
+        self.with_control(|control| control.ask(kind, data))
+    }
+    /// The page that requests over the control ring may name. Unsupported: there is none.
+    pub fn control_page(&self) -> io::Result<Arc<dyn GrantedPages>> {
+        self.with_control(|control| Ok(control.page().clone()))
+    }
+    /// Has packets to the guest spread over its queues by their hash. Unsupported: there is no
+    /// control ring. InvalidInput: the backend will not.
+    pub fn spread(&self, choice: &HashChoice) -> io::Result<()> {
+        self.with_control(|control| control.choose(choice))
+    }
+    fn with_control<R>(&self, act: impl FnOnce(&mut Control) -> io::Result<R>) -> io::Result<R> {
+        match &mut *self.device.control.lock() {
+            Some(control) => act(control),
+            None => Err(io::Error::new(io::ErrorKind::Unsupported, "there is no control ring")),
+        }
+    }
+    /// Changes which group addresses it gets, at any time. The backend follows soon after.
+    /// Unsupported: it would not follow.
+    pub fn set_multicast(&mut self, multicast: Multicast) -> io::Result<()> {
+        let Connection { node, store, .. } = &self.device.connection;
+        let follows = node.back_key(store, "feature-dynamic-multicast-control");
+        if follows.is_none_or(|value| value.trim() != "1") {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let on = u8::from(multicast == Multicast::Listed);
+        node.set_front_key(store, "request-multicast-control", &on.to_string())?;
+        self.chosen.multicast = multicast;
+        Ok(())
+    }
+    /// Changes how many bytes are left free before each packet to it, at most 256, and waits until
+    /// they are. Unsupported: the backend does not leave any.
+    pub fn set_headroom(&mut self, bytes: u16) -> io::Result<()> {
+        if !self.offer.xdp_headroom {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let Connection { node, store, patience, .. } = &self.device.connection;
+        node.set_front_key(store, "xdp-headroom", &bytes.to_string())?;
+        node.set_state(store, State::Reconfiguring)?;
+        let settled = |s| !matches!(s, State::Connected);
+        let state = node.wait_backend(store, *patience, settled)?;
+        if state != State::Reconfigured {
+            return Err(node.refused(store));
+        }
+        node.set_state(store, State::Connected)?;
+        node.wait_backend(store, *patience, |s| s != State::Reconfigured)?;
+        self.chosen.xdp_headroom = bytes;
+        Ok(())
     }
     /// Why the device is disabled, if it is.
     pub fn fault(&self) -> Option<String> {
@@ -255,11 +300,11 @@ impl NetFront {
         if self.device.queues.lock().iter().any(Option::is_none) && self.fault().is_none() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "a queue is in use"));
         }
-        self.device.close()
+        self.device.connection.close()
     }
     /// Goes without a word, as a kernel that starts another by kexec: the nodes stay as they are.
     pub fn abandon(self) {
-        *self.device.ending.lock() = Ending::Done;
+        self.device.connection.abandon();
     }
 }
 
@@ -291,16 +336,6 @@ fn choose(offer: &Offer, options: &FrontOptions, raws: &[Raw]) -> Accepted {
         xdp_headroom: if offer.xdp_headroom { options.xdp_headroom } else { 0 },
         ctrl: None,
         queues: raws.iter().map(keys).collect(),
-    }
-}
-
-/// Writes the choice and waits for the backend. A network frontend goes straight to state 4.
-fn introduce(store: &Client, node: &Node, chosen: &Accepted, patience: Duration) -> io::Result<()> {
-    node.choose(store, &chosen.front_keys(), Accepted::is_choice, State::Connected)?;
-    let settled = |s| matches!(s, State::Connected | State::Closing | State::Closed);
-    match node.wait_backend(store, patience, settled)? {
-        State::Connected => Ok(()),
-        _ => Err(node.refused(store)),
     }
 }
 
@@ -340,14 +375,11 @@ impl Raw {
         };
         let counters = Handle::<RingCounters>::default;
         let transmit = Transmit::new(tx_ring.clone(), tx_pages, sends(offer), counters());
+        let mut transmit = transmit.map_err(unfit)?;
+        // Who hashes takes hashes.
+        transmit.takes_hash = offer.ctrl_ring;
         let receive = Receive::new(rx_ring.clone(), rx_pages, counters());
-        Ok(Raw {
-            transmit: transmit.map_err(unfit)?,
-            receive: receive.map_err(unfit)?,
-            tx_ring,
-            rx_ring,
-            channels,
-        })
+        Ok(Raw { transmit, receive: receive.map_err(unfit)?, tx_ring, rx_ring, channels })
     }
 }
 
@@ -355,45 +387,6 @@ impl Device {
     fn take_back(&self, number: usize, queue: Queue) {
         if let Some(place) = self.queues.lock().get_mut(number) {
             *place = Some(queue);
-        }
-    }
-
-    fn watch(&self, guest: &dyn Guest) -> io::Result<()> {
-        let (stop, stopped) = bounded(0);
-        let (store, node, health) = (guest.store()?, self.node.clone(), self.health.clone());
-        let run = move || {
-            if let Err(e) = node.watch(&store, &stopped, |state| health.told(state)) {
-                health.fail(format!("watching the backend: {e}"));
-            }
-        };
-        let thread = std::thread::Builder::new().name("netfront".into()).spawn(run)?;
-        (*self.stop.lock(), *self.watcher.lock()) = (Some(stop), Some(thread));
-        Ok(())
-    }
-
-    fn end_watch(&self) {
-        *self.stop.lock() = None;
-        if let Some(thread) = self.watcher.lock().take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the watcher of a network frontend panicked");
-        }
-    }
-
-    fn close(&self) -> io::Result<()> {
-        *self.ending.lock() = Ending::Done;
-        self.end_watch();
-        self.node.close(&self.store, self.patience)
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        self.end_watch();
-        if *self.ending.lock() == Ending::Polite
-            && let Err(e) = self.node.close(&self.store, self.patience)
-        {
-            tracing::warn!("{}: closing: {e}", self.node.front);
         }
     }
 }

@@ -10,6 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::frame::{Frame, Offload, Pool};
+use crate::hash::Hash;
 
 /// What one queue holds at most.
 const PACKETS: usize = 4096;
@@ -38,6 +39,7 @@ pub struct Amount {
 struct Packet {
     bytes: Vec<u8>,
     offload: Offload,
+    hash: Option<Hash>,
 }
 
 /// One queue's packets; its lock is free but for the moments of a command.
@@ -120,7 +122,8 @@ impl Held {
                 break;
             }
             self.bytes += frame.len();
-            self.waiting.push_back(Packet { bytes: frame.to_vec(), offload: frame.offload });
+            let (offload, hash) = (frame.offload, frame.hash);
+            self.waiting.push_back(Packet { bytes: frame.to_vec(), offload, hash });
             pool.give(frame);
         }
         if self.then == Then::Pass {
@@ -140,7 +143,7 @@ impl Held {
             self.bytes -= packet.bytes.len();
             frame.set_len(packet.bytes.len());
             frame.copy_from_slice(&packet.bytes);
-            frame.offload = packet.offload;
+            (frame.offload, frame.hash) = (packet.offload, packet.hash);
             frames.push_back(frame);
         }
     }

@@ -1,5 +1,11 @@
 use super::*;
 use crate::frame::Checksum;
+use crate::proto::Extra;
+
+/// A hash of this value.
+fn hash(value: u8) -> Option<Hash> {
+    Hash::of_extra(&Extra::Hash { kind: 1, algorithm: 1, value: value.into() })
+}
 
 fn frames(pool: &mut Pool, numbers: std::ops::Range<u8>, len: usize) -> VecDeque<Frame> {
     let frame = |number: u8| {
@@ -7,6 +13,7 @@ fn frames(pool: &mut Pool, numbers: std::ops::Range<u8>, len: usize) -> VecDeque
         frame.set_len(len);
         frame.fill(number);
         frame.offload.checksum = Checksum::Blank { start: number.into(), offset: 6 };
+        frame.hash = hash(number);
         frame
     };
     numbers.map(frame).collect()
@@ -19,6 +26,7 @@ fn gone(held: &mut Held, pool: &mut Pool) -> Vec<u8> {
     let check = |frame: &Frame| {
         let start = u16::from(frame[0]);
         assert_eq!(frame.offload.checksum, Checksum::Blank { start, offset: 6 });
+        assert!(frame.hash == hash(frame[0]) && frame.hash.is_some());
         assert!(frame.iter().all(|byte| *byte == frame[0]));
         frame[0]
     };

@@ -1,26 +1,43 @@
-//! The in-flight tables of a vif's rings.
+//! The in-flight tables of a vif's rings, and what lies beside them.
 
 use std::fmt::Write;
 use std::path::Path;
 
-use hypervisor::xenbus::inflight::Tables;
+use hypervisor::xenbus::inflight::{Past, TableMemory, Tables};
 use hypervisor::xenbus::{DeviceId, Meeting};
 use rings::{PAGE_SIZE, Protocol, Table};
 
+use crate::kept;
 use crate::negotiate::Accepted;
-use crate::proto::{Rx, Tx};
+use crate::proto::{Ctrl, Rx, Tx};
 
 /// Bytes of the table of a ring of `pages` pages, in whole pages.
 fn table_bytes<P: Protocol>(pages: usize) -> usize {
     Table::<P::Req>::bytes(rings::slot_count::<P>(pages)).next_multiple_of(PAGE_SIZE)
 }
 
-/// Two for each queue: of packets from the guest, and to it.
-pub(crate) fn tables(run_dir: &Path, id: &DeviceId, accepted: &Accepted, how: Meeting) -> Tables {
+/// Memory that outlives the process.
+pub(crate) struct Lasting {
+    /// What is in it.
+    pub past: Past,
+    /// Of each queue's rings: of packets from the guest, and to it.
+    pub queues: Vec<[TableMemory; 2]>,
+    /// Of the control ring.
+    pub ctrl: TableMemory,
+    /// Of what the guest has said through its rings.
+    pub kept: TableMemory,
+}
+
+/// A vif's.
+pub(crate) fn tables(run_dir: &Path, id: &DeviceId, accepted: &Accepted, how: Meeting) -> Lasting {
     let mut identity = format!("{id}\n");
-    let mut lens = Vec::new();
-    for queue in &accepted.queues {
+    // The control ring's has its place even if there is none.
+    let mut lens = vec![table_bytes::<Ctrl>(1), kept::BYTES];
+    if let Some(ctrl) = accepted.ctrl {
         // Into a string it cannot fail.
+        let _ = writeln!(identity, "ctrl ref {} port {}", ctrl.ring_ref, ctrl.port);
+    }
+    for queue in &accepted.queues {
         let _ = writeln!(
             identity,
             "{:?} tx refs {:?} rx refs {:?}",
@@ -29,7 +46,10 @@ pub(crate) fn tables(run_dir: &Path, id: &DeviceId, accepted: &Accepted, how: Me
         lens.push(table_bytes::<Tx>(queue.tx_refs.len()));
         lens.push(table_bytes::<Rx>(queue.rx_refs.len()));
     }
-    Tables::of(run_dir, id, &identity, &lens, how)
+    let Tables { memory, past } = Tables::of(run_dir, id, &identity, &lens, how);
+    let (pairs, _) = memory.as_chunks();
+    let [ctrl, kept] = pairs[0].clone();
+    Lasting { past, queues: pairs[1..].to_vec(), ctrl, kept }
 }
 
 #[cfg(test)]

@@ -1,5 +1,3 @@
-use hypervisor::xenbus::inflight::Past;
-
 use super::*;
 use crate::endpoint::Accepts;
 use crate::negotiate::{Multicast, Ports, QueueKeys, RxNotify};
@@ -31,15 +29,15 @@ fn accepted(port: u32) -> Accepted {
 fn two_tables_a_queue_each_as_long_as_its_ring_needs() {
     let run = tempfile::tempdir().unwrap();
     let made = tables(run.path(), &id(), &accepted(5), Meeting::Fresh);
-    assert_eq!((made.memory.len(), made.past), (4, Past::None));
+    assert_eq!((made.queues.len(), made.past), (2, Past::None));
     let slots = [rings::slot_count::<Tx>(1), rings::slot_count::<Rx>(2)];
-    for pair in made.memory.chunks(2) {
+    for pair in made.queues {
         assert!(Table::<<Tx as Protocol>::Req, _>::format(pair[0].clone(), slots[0]).is_ok());
         assert!(Table::<<Rx as Protocol>::Req, _>::format(pair[1].clone(), slots[1]).is_ok());
     }
     let found = tables(run.path(), &id(), &accepted(5), Meeting::Attach);
     assert_eq!(found.past, Past::Kept);
-    for pair in found.memory.chunks(2) {
+    for pair in found.queues {
         assert!(Table::<<Tx as Protocol>::Req, _>::open(pair[0].clone(), slots[0]).is_ok());
         assert!(Table::<<Rx as Protocol>::Req, _>::open(pair[1].clone(), slots[1]).is_ok());
     }

@@ -5,9 +5,9 @@
 mod front;
 
 use hypervisor::xenbus::Key;
+use hypervisor::xenbus::keys::{Keys, Refused, key};
 
 use crate::endpoint::Accepts;
-pub use front::Unusable;
 
 /// What a backend offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +32,6 @@ pub struct Offer {
     pub max_queues: u32,
     /// `max-ring-page-order`; 0 is what unmodified frontends know.
     pub max_ring_page_order: u32,
-}
-
-fn key(name: &str, value: impl ToString) -> Key {
-    (name.to_owned(), value.to_string())
 }
 
 impl Offer {
@@ -139,96 +135,23 @@ pub struct Accepted {
     pub queues: Vec<QueueKeys>,
 }
 
-/// Why a frontend's keys are refused. The texts reach `error/backend/...`.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// A key that must be there is not.
-    #[error("frontend key {0} is missing")]
-    Missing(String),
-    /// A key's value is no number.
-    #[error("frontend key {key} is {value:?}, which is not a number")]
-    NotANumber {
-        /// The key.
-        key: String,
-        /// Its value, shortened.
-        value: String,
-    },
-    /// A number is out of its range.
-    #[error("frontend key {key} is {value}; {low} to {high} were offered")]
-    OutOfRange {
-        /// The key.
-        key: String,
-        /// Its value.
-        value: u32,
-        /// Least.
-        low: u32,
-        /// Most.
-        high: u32,
-    },
-    /// The frontend wants its pages exchanged for others.
-    #[error("frontend key request-rx-copy is not 1: rx-flip is not supported")]
-    Flip,
-    /// The port is 0, which is none.
-    #[error("frontend key {0} is 0, which is no port")]
-    NoPort(String),
-    /// Two rings share a page.
-    #[error("frontend key {0} names a page of another ring")]
-    SharedPage(String),
-    /// Two rings share a port.
-    #[error("frontend key {0} names the port of another ring")]
-    SharedPort(String),
-}
-
-/// Longest piece of a guest's value that is repeated in an error.
-const SHOWN: usize = 40;
+/// The keys that [`Accepted::live`] reads.
+pub const LIVE_KEYS: &[&str] = &["request-multicast-control", "xdp-headroom"];
 /// Most bytes that a frontend may have left free in a page (Linux's `XDP_PACKET_HEADROOM` is 256).
 pub const MAX_HEADROOM: u32 = 256;
 
-fn shown(value: &str) -> String {
-    value.chars().take(SHOWN).collect()
-}
-
-struct Keys<F>(F);
-
-impl<F: Fn(&str) -> Option<String>> Keys<F> {
-    fn number(&self, name: &str) -> Result<Option<u32>, Refused> {
-        let Some(value) = (self.0)(name) else { return Ok(None) };
-        let digits = value.trim();
-        // `parse` alone would take a sign.
-        let plain = digits.bytes().all(|b| b.is_ascii_digit());
-        match digits.parse() {
-            Ok(number) if plain => Ok(Some(number)),
-            _ => Err(Refused::NotANumber { key: name.into(), value: shown(&value) }),
-        }
-    }
-    fn required(&self, name: &str) -> Result<u32, Refused> {
-        self.number(name)?.ok_or_else(|| Refused::Missing(name.into()))
-    }
-    fn flag(&self, name: &str) -> Result<bool, Refused> {
-        Ok(self.number(name)?.unwrap_or(0) != 0)
-    }
-    fn within(&self, name: &str, default: u32, low: u32, high: u32) -> Result<u32, Refused> {
-        match self.number(name)? {
-            None => Ok(default),
-            Some(n) if (low..=high).contains(&n) => Ok(n),
-            Some(value) => Err(Refused::OutOfRange { key: name.into(), value, low, high }),
-        }
-    }
-    fn port(&self, name: &str) -> Result<u32, Refused> {
-        match self.required(name)? {
-            // Xen never gives out port 0.
-            0 => Err(Refused::NoPort(name.into())),
-            port => Ok(port),
-        }
-    }
-}
+/// Why pages are not exchanged for others.
+const FLIP: &str = "is not 1: rx-flip is not supported";
+/// Why two rings have to be apart.
+const SHARED_PAGE: &str = "names a page of another ring";
+const SHARED_PORT: &str = "names the port of another ring";
 
 impl Accepted {
     /// Reads a frontend's keys through `read`. It may know none of the optional ones.
     pub fn read(offer: &Offer, read: impl Fn(&str) -> Option<String>) -> Result<Accepted, Refused> {
-        let keys = Keys(read);
+        let keys = Keys::of_frontend(read);
         if !keys.flag("request-rx-copy")? {
-            return Err(Refused::Flip);
+            return Err(keys.refuse("request-rx-copy", FLIP));
         }
         let count = keys.within("multi-queue-num-queues", 1, 1, offer.max_queues)?;
         let order = keys.within("ring-page-order", 0, 0, offer.max_ring_page_order)?;
@@ -243,7 +166,7 @@ impl Accepted {
         for number in 0..count {
             let prefix = if count == 1 { String::new() } else { format!("queue-{number}/") };
             let queue = Self::queue(offer, &keys, &prefix, 1 << order)?;
-            accepted.check_apart(&queue, &prefix)?;
+            accepted.check_apart(&keys, &queue, &prefix)?;
             accepted.queues.push(queue);
         }
         accepted.ctrl = accepted.ctrl_keys(offer, &keys)?;
@@ -272,12 +195,14 @@ impl Accepted {
         Ok(if listed { Multicast::Listed } else { Multicast::Flood })
     }
 
-    /// The bytes to leave free before each packet; also read anew when the frontend asks for it.
-    pub fn headroom_of(
+    /// What a frontend may change while it is connected (`request-multicast-control`,
+    /// `xdp-headroom`), read anew.
+    pub fn live(
         offer: &Offer,
         read: impl Fn(&str) -> Option<String>,
-    ) -> Result<u16, Refused> {
-        Self::headroom(offer, &Keys(read))
+    ) -> Result<(Multicast, u16), Refused> {
+        let keys = Keys::of_frontend(read);
+        Ok((Self::multicast(offer, &keys)?, Self::headroom(offer, &keys)?))
     }
 
     fn headroom(
@@ -301,7 +226,7 @@ impl Accepted {
             }
         };
         let name = |key: &str| format!("{prefix}{key}");
-        let split = offer.split && (keys.0)(&name("event-channel-tx")).is_some();
+        let split = offer.split && keys.get(&name("event-channel-tx")).is_some();
         let ports = if split {
             Ports::Split {
                 tx: keys.port(&name("event-channel-tx"))?,
@@ -326,10 +251,10 @@ impl Accepted {
             port: keys.port("event-channel-ctrl")?,
         };
         if self.refs().any(|r| r == ctrl.ring_ref) {
-            return Err(Refused::SharedPage("ctrl-ring-ref".into()));
+            return Err(keys.refuse("ctrl-ring-ref", SHARED_PAGE));
         }
         if self.ports().any(|port| port == ctrl.port) {
-            return Err(Refused::SharedPort("event-channel-ctrl".into()));
+            return Err(keys.refuse("event-channel-ctrl", SHARED_PORT));
         }
         Ok(Some(ctrl))
     }
@@ -343,16 +268,22 @@ impl Accepted {
     }
 
     /// Two rings in one page would make nonsense of both.
-    fn check_apart(&self, queue: &QueueKeys, prefix: &str) -> Result<(), Refused> {
+    fn check_apart(
+        &self,
+        keys: &Keys<impl Fn(&str) -> Option<String>>,
+        queue: &QueueKeys,
+        prefix: &str,
+    ) -> Result<(), Refused> {
         let mine: Vec<u32> = queue.tx_refs.iter().chain(&queue.rx_refs).copied().collect();
         let twice = (1..mine.len()).any(|i| mine[..i].contains(&mine[i]));
         if twice || self.refs().any(|r| mine.contains(&r)) {
-            return Err(Refused::SharedPage(format!("{prefix}tx-ring-ref or rx-ring-ref")));
+            let names = format!("{prefix}tx-ring-ref or rx-ring-ref");
+            return Err(keys.refuse(&names, SHARED_PAGE));
         }
         let ports = queue.ports.all();
         let twice = matches!(queue.ports, Ports::Split { tx, rx } if tx == rx);
         if twice || self.ports().any(|port| ports.contains(&port)) {
-            return Err(Refused::SharedPort(format!("{prefix}event-channel")));
+            return Err(keys.refuse(&format!("{prefix}event-channel"), SHARED_PORT));
         }
         Ok(())
     }

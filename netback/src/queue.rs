@@ -3,20 +3,15 @@
 mod worker;
 
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hypervisor::xenbus::inflight::{Past, TableMemory};
+use hypervisor::xenbus::queue::{Shared, Thread};
 use hypervisor::xenbus::{Fault, Faults};
 use hypervisor::{Access, DomId, EventChannel, Grants, Hypervisor, SharedMapping};
-use parking_lot::Mutex;
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{BackRing, Notify, Protocol, RingCounters, Table};
-use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::Config;
 use crate::counters::QueueCounters;
@@ -25,62 +20,20 @@ use crate::filter::Filter;
 use crate::frame::Pool;
 use crate::hold::{Amount, Hold, Then};
 use crate::limit::Limits;
+use crate::live::Live;
+use crate::mailbox::Mailbox;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
-use crate::rx::Shape;
 use worker::{Run, Worker};
 
 /// Frames of one queue, both ways.
 const FRAMES: usize = 256;
 
-/// What can change while a queue runs.
+/// What can change while a queue runs by an operator's hand: the knobs, and the filter that they make.
 #[derive(Clone)]
-pub(crate) struct Live {
+pub(crate) struct Settings {
     pub config: Config,
     pub filter: Filter,
-}
-
-/// What a queue's thread and the device's control share.
-pub(crate) struct Shared {
-    stop: AtomicBool,
-    /// Knobs that can change while the queue runs; `changes` counts the changes.
-    knobs: Mutex<Live>,
-    changes: AtomicU64,
-    hold: Hold,
-    wake: OwnedFd,
-}
-
-impl Shared {
-    fn new(live: &Live, output: Then) -> io::Result<Shared> {
-        Ok(Shared {
-            stop: AtomicBool::new(false),
-            knobs: Mutex::new(live.clone()),
-            changes: AtomicU64::new(0),
-            hold: Hold::new(output),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        })
-    }
-    fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-    /// The knobs, if they have changed since change number `known`.
-    fn changed(&self, known: &mut u64) -> Option<Live> {
-        let changes = self.changes.load(Ordering::Acquire);
-        if changes == *known {
-            return None;
-        }
-        *known = changes;
-        Some(self.knobs.lock().clone())
-    }
-    /// Takes the wake-up, so that the next sleep lasts.
-    fn woken(&self) {
-        if let Err(e) = rustix::io::read(&self.wake, &mut [0; 8]) {
-            tracing::debug!("a queue's wake-up: {e}");
-        }
-    }
-    fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
 }
 
 /// The event channels of a queue's two rings.
@@ -127,7 +80,8 @@ impl Channels {
 pub(crate) struct Start<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     pub endpoint: Box<dyn EndpointQueue>,
-    pub live: &'a Live,
+    pub settings: &'a Settings,
+    /// What becomes of what the guest sends.
     pub output: Then,
     pub name: String,
     pub domid: DomId,
@@ -139,7 +93,11 @@ pub(crate) struct Start<'a> {
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub rx_notify: RxNotify,
-    pub shape: Shape,
+    /// Which of the vif's queues it is.
+    pub number: usize,
+    /// Frames that another queue has taken from the endpoint, for each; none where there is but one.
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
     pub limits: Arc<Limits>,
     pub faults: Faults,
     pub tx_counters: Handle<RingCounters>,
@@ -149,31 +107,30 @@ pub(crate) struct Start<'a> {
 
 /// A running queue; stopped when dropped.
 pub(crate) struct Queue {
-    shared: Arc<Shared>,
-    thread: Option<std::thread::JoinHandle<()>>,
-    tid: Arc<AtomicU64>,
+    thread: Thread<Settings>,
+    hold: Arc<Hold>,
     counters: Handle<QueueCounters>,
 }
 
-type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
+pub(crate) type Ring<P> = BackRing<P, SharedMapping, Table<<P as Protocol>::Req, TableMemory>>;
 
-/// Maps a ring and takes its back end where a predecessor left it. Without its table that is
-/// `rsp_prod`: answers that it had written and not shown lie over slots that are read as requests
-/// then, which costs the guest packets.
-fn attach<P: Protocol>(
+/// Maps a ring of the guest `domid` and takes its back end where a predecessor left it. Without its
+/// table that is `rsp_prod`: answers that it had written and not shown lie over slots that are read
+/// as requests then, which costs the guest packets.
+pub(crate) fn attach<P: Protocol>(
     grants: &dyn Grants,
-    start: &Start<'_>,
-    (refs, table): (&[u32], &TableMemory),
+    (name, domid): (&str, DomId),
+    (refs, table, past): (&[u32], &TableMemory, &Past),
     counters: Handle<RingCounters>,
 ) -> Result<(Ring<P>, Notify), Fault> {
-    let (name, ring) = (&start.name, P::NAME);
+    let ring = P::NAME;
     let mapping = grants
-        .map(start.domid, refs, Access::ReadWrite)
+        .map(domid, refs, Access::ReadWrite)
         .map_err(|e| Fault(format!("{name}: mapping the {ring} ring {refs:?}: {e}")))?
         .into_shared()
         .ok_or_else(|| Fault(format!("{name}: the {ring} ring {refs:?} is read-only")))?;
     let (slots, memory) = (rings::slot_count::<P>(refs.len()), table.clone());
-    let table = match start.past {
+    let table = match past {
         Past::Kept => Table::open(memory, slots),
         Past::None | Past::Lost(_) => Table::format(memory, slots),
     };
@@ -188,10 +145,12 @@ impl Queue {
         let (counters, faults) = (start.counters.clone(), start.faults.clone());
         let (tx_counters, rx_counters) =
             (std::mem::take(&mut start.tx_counters), std::mem::take(&mut start.rx_counters));
+        let place = (&start.name[..], start.domid);
+        let (tx_table, rx_table) = (start.tx_table, start.rx_table);
         let (tx, tx_notify) =
-            attach(&*grants, &start, (&start.keys.tx_refs, start.tx_table), tx_counters)?;
+            attach(&*grants, place, (&start.keys.tx_refs, tx_table, start.past), tx_counters)?;
         let (rx, rx_notify) =
-            attach(&*grants, &start, (&start.keys.rx_refs, start.rx_table), rx_counters)?;
+            attach(&*grants, place, (&start.keys.rx_refs, rx_table, start.past), rx_counters)?;
         let channels = Channels::bind(start.hypervisor, start.domid, start.keys.ports)
             .map_err(|e| Fault(format!("{}: {}", start.name, e.0)))?;
         if tx_notify == Notify::Send {
@@ -201,7 +160,8 @@ impl Queue {
             channels.rx().notify()?;
         }
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
-        let shared = Arc::new(Shared::new(start.live, start.output)?);
+        let shared = Shared::new(start.settings)?;
+        let hold = Arc::new(Hold::new(start.output));
         let worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
@@ -212,92 +172,68 @@ impl Queue {
             endpoint: start.endpoint,
             pool,
             shared: shared.clone(),
+            hold: hold.clone(),
             counters: start.counters,
-            shape: start.shape,
+            number: start.number,
+            inboxes: start.inboxes,
+            seen: start.live.look(),
+            live: start.live,
             accepts: start.accepts,
             leaves_host: start.leaves_host,
             leaves_guest: start.accepts.into(),
             rx_notify: start.rx_notify,
             limits: start.limits,
-            filter: start.live.filter.clone(),
-            poller: Poller::new(start.live.config.poll_us),
-            stall: std::time::Duration::from_secs(start.live.config.rx_stall_s.into()),
+            filter: start.settings.filter.clone(),
+            poller: Poller::new(start.settings.config.poll_us),
+            stall: std::time::Duration::from_secs(start.settings.config.rx_stall_s.into()),
             run: Run::default(),
         };
-        let tid = Arc::new(AtomicU64::new(0));
-        let seen = tid.clone();
-        let thread = std::thread::Builder::new().name(start.name).spawn(move || {
-            seen.store(rustix::thread::gettid().as_raw_nonzero().get() as u64, Ordering::Relaxed);
-            // A panic is a bug of ours; without a report the guest would wait for ever.
-            let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
-            let result = ended.unwrap_or_else(|_| Err(Fault("a queue's thread panicked".into())));
-            if let Err(fault) = result {
-                faults.report(fault);
-            }
-        })?;
-        Ok(Queue { shared, thread: Some(thread), tid, counters })
+        let thread = Thread::start(start.name, shared, faults, move || worker.run())?;
+        Ok(Queue { thread, hold, counters })
     }
 
     /// Gives the queue new values of its live knobs.
-    pub(crate) fn set(&self, live: &Live) {
-        *self.shared.knobs.lock() = live.clone();
-        self.shared.changes.fetch_add(1, Ordering::Release);
-        self.wake();
+    pub(crate) fn set(&self, settings: &Settings) {
+        self.thread.set(settings);
     }
 
     /// Holds the guest's packets from now on.
     pub(crate) fn hold(&self) -> Amount {
-        let mut held = self.shared.hold.lock();
+        let mut held = self.hold.lock();
         held.begin();
         held.amount()
     }
 
     /// Lets the packets go that are held now.
     pub(crate) fn release(&self, then: Then) -> Amount {
-        let amount = self.shared.hold.lock().release(then);
-        self.wake();
+        let amount = self.hold.lock().release(then);
+        self.thread.ring();
         amount
     }
 
     /// Drops the packets that are held now.
     pub(crate) fn discard(&self, then: Then) -> Amount {
-        let amount = self.shared.hold.lock().discard(then);
-        self.wake();
+        let amount = self.hold.lock().discard(then);
+        self.thread.ring();
         amount
     }
 
-    fn wake(&self) {
-        // It fails where the count is full, and then the thread wakes anyway.
-        if let Err(e) = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            tracing::debug!("waking a queue: {e}");
-        }
-    }
-
-    /// Notes how much processor time the thread has used: what this host spends on the guest.
+    /// Notes how much processor time the thread has used.
     pub(crate) fn note_cpu(&self) {
-        let path = format!("/proc/self/task/{}/schedstat", self.tid.load(Ordering::Relaxed));
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        if let Some(ns) = text.split(' ').next().and_then(|ns| ns.parse().ok()) {
+        if let Some(ns) = self.thread.cpu_ns() {
             self.counters.cpu_ns.set(ns);
         }
     }
 
     /// Asks the thread to stop; dropping the queue waits for it.
     pub(crate) fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.wake();
+        self.thread.stop();
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
         self.note_cpu();
-        self.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a queue's thread panicked");
-        }
     }
 }
 

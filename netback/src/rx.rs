@@ -3,6 +3,7 @@
 use hypervisor::{CopyOp, Direction};
 
 use crate::frame::{Checksum, Gso, Offload};
+use crate::hash::Hash;
 use crate::proto::{
     Extra, ExtraInfo, RSP_ERROR, RX_CSUM_BLANK, RX_DATA_VALIDATED, RX_EXTRA_INFO, RX_MORE_DATA,
     RxRequest, RxResponse,
@@ -21,14 +22,15 @@ impl Shape {
         rings::PAGE_SIZE.saturating_sub(usize::from(self.headroom)).max(1)
     }
 
-    /// Extra information of a frame.
-    fn extras(self, gso: Option<Gso>) -> usize {
-        usize::from(gso.is_some()) + usize::from(self.headroom > 0)
+    /// Slots that the bytes of a frame of `len` bytes take.
+    pub fn data_slots(self, len: usize) -> usize {
+        len.div_ceil(self.room()).max(1)
     }
 
-    /// Slots that a frame of `len` bytes takes.
-    pub fn slots(self, len: usize, gso: Option<Gso>) -> usize {
-        len.div_ceil(self.room()).max(1) + self.extras(gso)
+    /// Slots that a frame of `len` bytes takes, with its extra information.
+    pub fn slots(self, len: usize, gso: Option<Gso>, hash: Option<Hash>) -> usize {
+        let extras = [gso.is_some(), self.headroom > 0, hash.is_some()];
+        self.data_slots(len) + extras.into_iter().filter(|extra| *extra).count()
     }
 }
 
@@ -49,12 +51,13 @@ pub struct Batch {
 
 impl Batch {
     /// Lays a frame of `len` bytes at `at` in the local buffer over `pages`, which are exactly as
-    /// many as [`Shape::slots`] says, and appends its copies.
+    /// many as [`Shape::slots`] says, and appends its copies. What is known of it is told behind its
+    /// first slot.
     pub fn push(
         &mut self,
         shape: Shape,
         (at, len): (usize, usize),
-        offload: &Offload,
+        (offload, hash): (&Offload, Option<Hash>),
         pages: impl IntoIterator<Item = RxRequest>,
         ops: &mut Vec<CopyOp>,
     ) {
@@ -62,6 +65,7 @@ impl Batch {
         let mut extras = [
             offload.gso.map(|gso| ExtraInfo::from(Extra::Gso(gso))),
             (shape.headroom > 0).then(|| ExtraInfo::from(Extra::Xdp { headroom: shape.headroom })),
+            hash.map(|hash| ExtraInfo::from(Extra::from(hash))),
         ]
         .into_iter()
         .flatten()

@@ -14,9 +14,9 @@ fn lay_out(
     fail: impl Fn(usize) -> bool,
 ) -> (Vec<RxResponse>, Vec<CopyOp>, u64) {
     let (mut batch, mut ops) = (Batch::default(), Vec::new());
-    let slots = shape.slots(len, offload.gso);
+    let slots = shape.slots(len, offload.gso, None);
     let pages = (0..slots).map(|n| RxRequest { id: n as u16, pad: 0, gref: 50 + n as u32 });
-    batch.push(shape, (5000, len), &offload, pages, &mut ops);
+    batch.push(shape, (5000, len), (&offload, None), pages, &mut ops);
     for (n, op) in ops.iter_mut().enumerate() {
         op.status = if fail(n) { -3 } else { 0 };
     }
@@ -78,7 +78,7 @@ fn xsa361_a_failed_copy_is_its_own_frames_alone_for_every_k() {
         let (mut batch, mut ops) = (Batch::default(), Vec::new());
         for frame in 0..3u16 {
             let pages = (0..3).map(|n| RxRequest { id: frame * 3 + n, pad: 0, gref: u32::from(n) });
-            batch.push(Shape::default(), (0, 9000), &Offload::default(), pages, &mut ops);
+            batch.push(Shape::default(), (0, 9000), (&Offload::default(), None), pages, &mut ops);
         }
         ops[k].status = -1;
         let mut bad = Vec::new();
@@ -131,4 +131,26 @@ proptest! {
         prop_assert_eq!(ops.iter().map(|op| usize::from(op.len)).sum::<usize>(), len);
         prop_assert!(ops.iter().all(|op| op.offset + op.len <= 4096));
     }
+}
+
+#[test]
+fn a_hash_is_told_behind_the_first_slot_last_of_three() {
+    let shape = Shape { headroom: 256 };
+    let offload = Offload { checksum: BLANK, gso: Some(GSO) };
+    let extra = Extra::Hash { kind: 1, algorithm: 1, value: 0x8765_4321 };
+    let hash = Hash::of_extra(&extra);
+    let (mut batch, mut ops) = (Batch::default(), Vec::new());
+    let slots = shape.slots(9000, offload.gso, hash);
+    assert_eq!(slots, 3 + 3);
+    let pages = (0..slots).map(|n| RxRequest { id: n as u16, pad: 0, gref: 50 + n as u32 });
+    batch.push(shape, (0, 9000), (&offload, hash), pages, &mut ops);
+    let mut answers = Vec::new();
+    assert_eq!(batch.finish(&ops, |response| answers.push(response)), 0);
+    let extras: Vec<_> = answers[1..4].iter().map(RxResponse::as_extra).collect();
+    assert_eq!(extras.iter().map(ExtraInfo::more).collect::<Vec<_>>(), [true, true, false]);
+    let said: Vec<_> = extras.iter().map(|extra| extra.parse().unwrap()).collect();
+    assert_eq!(said, [Extra::Gso(GSO), Extra::Xdp { headroom: 256 }, extra]);
+    assert_eq!(ops.iter().map(|op| op.gref).collect::<Vec<_>>(), [50, 54, 55]);
+    // Alone it is the only one.
+    assert_eq!(Shape::default().slots(60, None, hash), 2);
 }

@@ -9,10 +9,11 @@ use hypervisor::{CopyOp, Direction};
 
 use crate::filter::Refused;
 use crate::frame::Gso;
+use crate::hash::Hash;
 use crate::proto::{
-    ETHERNET_HEADER, Extra, FATAL_PACKET_SLOTS, MAX_EXTRAS, MAX_PACKET_SLOTS, Malformed, RSP_ERROR,
-    RSP_NULL, RSP_OKAY, TX_CSUM_BLANK, TX_DATA_VALIDATED, TX_EXTRA_INFO, TX_MORE_DATA, TxRequest,
-    TxResponse,
+    ETHERNET_HEADER, Extra, FATAL_PACKET_SLOTS, MAX_EXTRAS, MAX_PACKET_SLOTS, Malformed,
+    RSP_DROPPED, RSP_ERROR, RSP_NULL, RSP_OKAY, TX_CSUM_BLANK, TX_DATA_VALIDATED, TX_EXTRA_INFO,
+    TX_MORE_DATA, TxRequest, TxResponse,
 };
 
 /// Why a frontend cannot go on.
@@ -52,6 +53,8 @@ pub enum Dropped {
     Offload,
     /// A filter has refused it.
     Filter(Refused),
+    /// The link is down.
+    Link,
 }
 
 /// What a packet turned out to be.
@@ -98,6 +101,8 @@ pub struct Packet {
     pub claim: Claim,
     /// Whether it is to be cut.
     pub gso: Option<Gso>,
+    /// Its hash, in the guest's words.
+    pub hash: Option<Hash>,
     /// What to do with it.
     pub verdict: Verdict,
 }
@@ -133,6 +138,7 @@ struct Open {
     total: u16,
     extras: usize,
     gso: Option<Gso>,
+    hash: Option<Hash>,
     group: Option<Group>,
     dropped: Option<Dropped>,
     first_slot: usize,
@@ -146,6 +152,7 @@ const NONE_OPEN: Open = Open {
     total: 0,
     extras: 0,
     gso: None,
+    hash: None,
     group: None,
     dropped: None,
     first_slot: 0,
@@ -244,8 +251,10 @@ impl Batch {
             Extra::Gso(gso) => self.open.gso = Some(gso),
             Extra::McastAdd(address) => self.open.group = Some(Group::Add(address)),
             Extra::McastDel(address) => self.open.group = Some(Group::Remove(address)),
-            // Hints that nothing here has a use for.
-            Extra::Hash { .. } | Extra::Xdp { .. } => {}
+            // A hint: one that makes no sense costs nothing.
+            extra @ Extra::Hash { .. } => self.open.hash = Hash::of_extra(&extra),
+            // Only backends have a use for it.
+            Extra::Xdp { .. } => {}
         }
         self.slots.push(Slot::Extra);
         if info.more() {
@@ -299,6 +308,7 @@ impl Batch {
                 _ => Claim::Nothing,
             },
             gso: open.gso,
+            hash: open.hash,
             verdict,
         });
         Ok(())
@@ -329,6 +339,7 @@ impl Batch {
         let status = match packet.verdict {
             Verdict::Frame => RSP_OKAY,
             Verdict::Multicast(_) if accepted => RSP_OKAY,
+            Verdict::Dropped(Dropped::Link) => RSP_DROPPED,
             Verdict::Multicast(_) | Verdict::Dropped(_) => RSP_ERROR,
         };
         self.slots[packet.slots.clone()].iter().map(move |slot| match slot {

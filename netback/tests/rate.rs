@@ -15,7 +15,7 @@ use netback::endpoint::named::Plain;
 use netback::endpoint::{Abilities, Accepts, Waits};
 use netback::{Endpoint, EndpointQueue, Frame, FrontOptions, Pool};
 
-use rig::{Driver, Rig};
+use rig::{DEVID, Driver, Rig};
 
 /// Bytes of each frame.
 const LEN: usize = 500;
@@ -84,9 +84,10 @@ fn busy(mut driver: Driver, stop: &AtomicBool) {
 fn measure(rig: &Rig, names: [&str; 2], wanted: u64) {
     let mut found = Vec::new();
     for _ in 0..10 {
-        let (start, before) = (Instant::now(), names.map(|name| rig.counter(name)));
+        let (start, before) = (Instant::now(), names.map(|name| rig.counter(DEVID, name)));
         std::thread::sleep(Duration::from_millis(2000));
-        let (time, after) = (start.elapsed().as_secs_f64(), names.map(|name| rig.counter(name)));
+        let (time, after) =
+            (start.elapsed().as_secs_f64(), names.map(|name| rig.counter(DEVID, name)));
         let rates = [0, 1].map(|n| (after[n] - before[n]) as f64 / time / wanted as f64);
         assert!(rates.iter().all(|rate| *rate < 1.05), "{names:?}: {rates:?} of {wanted}");
         if rates.iter().all(|rate| *rate > 0.95) {

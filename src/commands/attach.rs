@@ -6,10 +6,11 @@ use std::time::Duration;
 use blkback::proto::vdev::Vdev;
 use hypervisor::DomId;
 use hypervisor::store::Client;
+use hypervisor::xenbus::keys::key;
 use hypervisor::xenbus::toolstack::{self, Detached, Force};
 use hypervisor::xenbus::{DeviceId, Key};
 
-use super::{Context, Result};
+use super::{Context, Result, backend};
 use crate::cli::{Cd, Drive};
 
 /// How long a guest may take to let go of a device (libxl's own limit).
@@ -31,10 +32,6 @@ fn device_id(domid: DomId, vdev: &str) -> Result<DeviceId> {
         format!("{vdev} is not a virtual device: name it like xvda, sda1 or hdc, or by its number")
     })?;
     Ok(DeviceId { kind: "vbd", domid, devid })
-}
-
-fn key(name: &str, value: impl ToString) -> Key {
-    (name.to_owned(), value.to_string())
 }
 
 fn keys(disk: &Disk) -> (Vec<Key>, Vec<Key>) {
@@ -59,8 +56,7 @@ fn keys(disk: &Disk) -> (Vec<Key>, Vec<Key>) {
 
 /// `ringback attach blk`.
 pub fn attach(context: &Context, disk: &Disk) -> Result {
-    let mut config = blkback::Config::default();
-    disk.set.iter().try_for_each(|list| config.set_all(list))?;
+    backend::config::<blkback::Config>(&disk.set)?;
     let hypervisor = context.hypervisor()?;
     let id = device_id(disk.domid, &disk.vdev)?;
     let (backend_keys, mut frontend_keys) = keys(disk);

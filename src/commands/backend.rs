@@ -6,10 +6,11 @@ mod faulty;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use blkback::{BlkBackend, Config, Open, Wanted};
+use blkback::{BlkBackend, Open, Wanted};
 use blktap::NullDisk;
 use blktap::image::BackingPolicy;
 use hypervisor::DomId;
+use hypervisor::xenbus::knobs::Knobs;
 use hypervisor::xenbus::{self, Nodesets, Options, Scope};
 use netback::NetBackend;
 
@@ -18,9 +19,9 @@ use crate::cli::{Serve, ServeNet};
 use crate::signals;
 
 /// Knobs from `--set`.
-pub fn config(serve: &Serve) -> Result<Config> {
-    let mut config = Config::default();
-    serve.set.iter().try_for_each(|list| config.set_all(list))?;
+pub fn config<C: Knobs + Default>(set: &[String]) -> Result<C> {
+    let mut config = C::default();
+    set.iter().try_for_each(|list| config.set_all(list))?;
     Ok(config)
 }
 
@@ -40,7 +41,7 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
     let open = open(disks, BackingPolicy::Allow(serve.allow_backing.clone()));
-    let backend = BlkBackend::new(hypervisor.clone(), config(serve)?, run_dir.clone(), open);
+    let backend = BlkBackend::new(hypervisor.clone(), config(&serve.set)?, run_dir.clone(), open);
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),
         nodes: if serve.any { Nodesets::Any } else { Nodesets::Ours },
@@ -50,19 +51,12 @@ pub fn blk(context: &Context, domid: Option<DomId>, disks: Disks, serve: &Serve)
     Ok(ExitCode::SUCCESS)
 }
 
-/// Knobs of network devices.
-pub fn net_config(knobs: &[String]) -> Result<netback::Config> {
-    let mut config = netback::Config::default();
-    knobs.iter().try_for_each(|list| config.set_all(list))?;
-    Ok(config)
-}
-
 /// Serves network devices until a signal, the end of the guest, or of xenstored.
 pub fn net(context: &Context, domid: Option<DomId>, serve: &ServeNet) -> Result {
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
-    let config = net_config(&serve.set)?;
+    let config = config(&serve.set)?;
     let open = Arc::new(netback::open);
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
     let options = Options {

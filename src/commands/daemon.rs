@@ -108,8 +108,8 @@ struct Running<'a> {
 
 /// Runs until a signal or the end of xenstored.
 pub fn run(context: &Context, options: &Daemon) -> Result {
-    backend::config(&options.serve)?;
-    backend::net_config(&options.set_net)?;
+    backend::config::<blkback::Config>(&options.serve.set)?;
+    backend::config::<netback::Config>(&options.set_net)?;
     let stop = signals::stop()?;
     let hypervisor = context.hypervisor()?;
     let store = hypervisor.store()?;

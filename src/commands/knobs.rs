@@ -1,20 +1,26 @@
-//! `ringback knobs`: the table of docs/tuning.md, from the code.
+//! `ringback knobs`: the tables of docs/tuning.md, from the code.
 
 use std::process::ExitCode;
 
-use blkback::config::KNOBS;
+use hypervisor::xenbus::knobs::Knobs;
 
 use super::Result;
-use crate::cli::Knobs;
+use crate::cli;
+
+/// The knobs of one kind of device.
+fn show<C: Knobs>(kind: &str, options: &cli::Knobs) {
+    if options.markdown {
+        return print!("## {kind}\n\n{}\n", C::markdown());
+    }
+    println!("{kind}:");
+    for knob in C::KNOBS {
+        println!("  {:25} {} [default: {}; {}]", knob.name, knob.help, knob.default, knob.range);
+    }
+}
 
 /// `ringback knobs`.
-pub fn run(options: &Knobs) -> Result {
-    if options.markdown {
-        print!("{}", blkback::config::markdown());
-        return Ok(ExitCode::SUCCESS);
-    }
-    for knob in KNOBS {
-        println!("{:22} {} [default: {}; {}]", knob.name, knob.help, knob.default, knob.range);
-    }
+pub fn run(options: &cli::Knobs) -> Result {
+    show::<blkback::Config>("Block devices", options);
+    show::<netback::Config>("Network devices", options);
     Ok(ExitCode::SUCCESS)
 }

@@ -83,7 +83,10 @@ fn random_seed() -> u64 {
 fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<GuestReport> {
     let guest = &scene.settings.guest;
     let (domid, identity) = processes.create_domain(&guest.name)?;
-    processes.start_blk(domid, scene.images.iter().filter_map(Image::backing_folder))?;
+    // While the disks are served to others somebody can make room on a full file system and resume
+    // them; in a run that verifies itself nobody does, and it is an error.
+    let knobs: &[&str] = if scene.plan.nbd.is_some() { &[] } else { &["on_enospc=report"] };
+    processes.start_blk(domid, scene.images.iter().filter_map(Image::backing_folder), knobs)?;
     if !scene.settings.vifs.is_empty() {
         processes.start_net(domid)?;
     }

@@ -3,6 +3,7 @@
 
 mod load;
 mod lost;
+mod net;
 // The guest's plan and the content of its blocks, as its process has them.
 #[allow(dead_code)]
 #[path = "../../src/commands/run/plan.rs"]

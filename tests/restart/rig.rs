@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{HYPERVISOR_SOCKET, Toolstack};
 use hypervisor::store::Client;
+use hypervisor::xenbus::DeviceId;
+use hypervisor::xenbus::keys::key;
 use hypervisor::xenbus::toolstack::{self, Device};
-use hypervisor::xenbus::{DeviceId, Key};
 
 use crate::plan::{DiskPlan, DiskReport, Grants, GuestPlan, Line, Task};
 
@@ -75,10 +76,6 @@ pub struct Rig {
     lines: Option<BufReader<std::process::ChildStdout>>,
     _toolstack: Toolstack,
     _hypervisor: Running,
-}
-
-fn key(name: &str, value: impl ToString) -> Key {
-    (name.to_owned(), value.to_string())
 }
 
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {

@@ -6,44 +6,9 @@ use blktap::filters::changed::LogOptions;
 use blktap::image::Commits;
 use blktap::storage::Cache;
 
+use hypervisor::xenbus::knobs::{Knob, Reach, number, put};
+
 use super::{ChangedLog, Config, GrantMode, MAX_QUEUES, Ordering};
-
-/// When a change of a knob takes effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
-    /// When a guest connects.
-    Connect,
-    /// At once (`ringback set`).
-    Live,
-}
-
-/// One knob.
-pub struct Knob {
-    /// Its name, in configuration, attach and `ringback set`.
-    pub name: &'static str,
-    /// Its unit, empty for a choice.
-    pub unit: &'static str,
-    /// Its default in words.
-    pub default: &'static str,
-    /// Its values in words.
-    pub range: &'static str,
-    /// What it does.
-    pub help: &'static str,
-    /// The counter in which a change shows.
-    pub shows_in: &'static str,
-    /// When a change takes effect.
-    pub reach: Reach,
-    pub(super) set: fn(&mut Config, &str) -> Option<()>,
-}
-
-fn number(value: &str, low: u32, high: u32) -> Option<u32> {
-    value.parse().ok().filter(|n| (low..=high).contains(n))
-}
-
-fn put<T>(knob: &mut T, value: Option<T>) -> Option<()> {
-    *knob = value?;
-    Some(())
-}
 
 fn list(value: &str) -> Option<Vec<u32>> {
     match value {
@@ -60,12 +25,12 @@ const fn throttle(
     range: &'static str,
     help: &'static str,
     set: fn(&mut Config, &str) -> Option<()>,
-) -> Knob {
+) -> Knob<Config> {
     Knob { name, unit, default, range, help, shows_in: "throttled", reach: Reach::Live, set }
 }
 
 /// Every knob there is.
-pub const KNOBS: &[Knob] = &[
+pub(super) const KNOBS: &[Knob<Config>] = &[
     Knob {
         name: "cache",
         unit: "",

@@ -6,20 +6,21 @@ use std::io;
 
 use hypervisor::store::{Client, Error};
 pub use hypervisor::xenbus::front::Node;
+use hypervisor::xenbus::keys::Refused;
 use hypervisor::xenbus::{Key, State};
 
-use crate::negotiate::{Accepted, DiskKeys, Offer, Unusable};
+use crate::negotiate::{Accepted, DiskKeys, Offer};
 
 /// The kind of a block device in xenstore.
 pub const KIND: &str = "vbd";
 
 /// What the backend offers; it must be in state 2 or beyond.
-pub fn offer(store: &Client, node: &Node) -> Result<Offer, Unusable> {
+pub fn offer(store: &Client, node: &Node) -> Result<Offer, Refused> {
     Offer::read(|key| node.back_key(store, key))
 }
 
 /// What the backend says of its disk; it must be in state 4.
-pub(super) fn disk(store: &Client, node: &Node) -> Result<DiskKeys, Unusable> {
+pub(super) fn disk(store: &Client, node: &Node) -> Result<DiskKeys, Refused> {
     DiskKeys::read(|key| node.back_key(store, key))
 }
 
@@ -58,7 +59,7 @@ impl Chosen {
     }
 }
 
-fn is_choice(name: &str) -> bool {
+pub(super) fn is_choice(name: &str) -> bool {
     let one_of = ["protocol", "feature-persistent", "event-channel", "multi-queue-num-queues"];
     let pages = ["ring-page-order", "num-ring-pages"];
     one_of.contains(&name)
@@ -81,9 +82,8 @@ pub struct DiskInfo {
 impl DiskInfo {
     /// Reads the backend's keys; it must be in state 4. InvalidData: they make no disk.
     pub fn read(store: &Client, node: &Node) -> io::Result<DiskInfo> {
-        let bad = |e: Unusable| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("{}: {e}", node.front))
-        };
+        let bad =
+            |e: Refused| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {e}", node.front));
         let offer = offer(store, node).map_err(bad)?;
         let disk = disk(store, node).map_err(bad)?;
         Ok(DiskInfo { disk, flush: offer.flush, barrier: offer.barrier })

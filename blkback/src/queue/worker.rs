@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use blktap::filters::stall::Stall;
 use blktap::{DiskQueue, Done, IoBuf, Op};
 use hypervisor::xenbus::Fault;
+use hypervisor::xenbus::queue::Shared;
 use hypervisor::{Direction, EventChannel};
 use perf::Handle;
 use perf::polling::Pollers;
@@ -19,7 +20,8 @@ use rings::{Notify, Pending};
 
 use super::memory::{Memory, TABLE_PAGES};
 use super::slots::{Place, Slot, Slots, Stage, Work};
-use super::{Served, Shared};
+use super::{Served, Told};
+use crate::config::Config;
 use crate::counters::QueueCounters;
 use crate::proto::{
     self, Abi, Body, Checked, Limits, RSP_EOPNOTSUPP, RSP_ERROR, RSP_OKAY, Request, Response,
@@ -72,7 +74,8 @@ pub(super) struct Worker<A: Abi> {
     pub disk: Box<dyn DiskQueue>,
     pub memory: Memory,
     pub slots: Slots,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<Shared<Config>>,
+    pub told: Arc<Told>,
     pub stall: Arc<Stall>,
     pub limits: Limits,
     pub counters: Handle<QueueCounters>,
@@ -220,7 +223,7 @@ impl<A: Abi> Worker<A> {
             let Some(entry) = self.ring.take().map_err(|e| self.corrupt(&e))? else { break };
             if taken == 0 {
                 self.read_clock();
-                self.limits.sectors = self.shared.sectors();
+                self.limits.sectors = self.told.sectors();
                 self.take_knobs();
             }
             taken += 1;

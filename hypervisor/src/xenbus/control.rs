@@ -40,19 +40,19 @@ pub(crate) struct Claim {
 impl Claim {
     /// Takes the device `id`, or says who has it.
     pub(crate) fn take(run_dir: &Path, id: &DeviceId) -> io::Result<Claim> {
-        let dir = run_dir.join(id.domid.to_string());
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        let stem = dir.join(format!("{}-{}", id.kind, id.devid));
+        let (lock, socket) = (id.file(run_dir, "lock"), id.file(run_dir, "sock"));
+        let dir = lock.parent().unwrap_or(run_dir);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let lock = std::fs::File::options()
             .create(true)
             .truncate(false)
             .read(true)
             .write(true)
-            .open(stem.with_extension("lock"))?;
+            .open(lock)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             io::Error::other(format!("{id} is served by another process; stop that one first"))
         })?;
-        Ok(Claim { _lock: lock, socket: stem.with_extension("sock"), task: None })
+        Ok(Claim { _lock: lock, socket, task: None })
     }
 
     /// Listens on the control socket and passes requests on.

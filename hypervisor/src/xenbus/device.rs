@@ -65,6 +65,13 @@ pub trait Device: Send {
     fn advertise(&mut self, nodes: &Nodes) -> Result<Vec<Key>, Fault>;
     /// Maps the rings and serves them. What it returns is written before state 4.
     fn connect(&mut self, nodes: &Nodes, how: Meeting, faults: Faults) -> Result<Vec<Key>, Fault>;
+    /// While connected: the frontend may have changed a key of [`Backend::live_keys`], or it
+    /// reconfigures (state 7) and waits until this was called. What it has not changed is there too.
+    ///
+    /// [`Backend::live_keys`]: super::Backend::live_keys
+    fn reconfigure(&mut self, _: &Nodes) -> Result<(), Fault> {
+        Ok(())
+    }
     /// Answers what is in flight, stops and unmaps. Called in any state.
     fn disconnect(&mut self, why: Parting);
     /// Closes what the device stands on. Called in any state.
@@ -110,6 +117,9 @@ impl Runner {
             }
             select! {
                 recv(self.words) -> word => match word {
+                    Ok(Word::Look) if phase == Phase::Connected => {
+                        fault = self.device.reconfigure(&self.nodes).err();
+                    }
                     Ok(Word::Look) => {}
                     Ok(Word::Leave) | Err(_) => break,
                 },
@@ -167,6 +177,7 @@ impl Runner {
             Action::Advertise => self.device.advertise(&self.nodes),
             Action::Connect => self.device.connect(&self.nodes, Meeting::Fresh, faults.clone()),
             Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
+            Action::Reconfigure => self.device.reconfigure(&self.nodes).map(|()| Vec::new()),
             Action::Disconnect => {
                 self.device.disconnect(Parting::Frontend);
                 // What else its threads had to say is about a connection that is no more.

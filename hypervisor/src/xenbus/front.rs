@@ -1,6 +1,10 @@
 //! The frontend's side of xenbus, as all devices have it: pieces that a frontend puts together, each
 //! of which reads or writes a few keys.
 
+mod connection;
+
+pub use connection::Connection;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -107,6 +111,11 @@ impl Node {
     /// A key of the frontend's own directory.
     pub fn front_key(&self, store: &Client, key: &str) -> Option<String> {
         store.get(&format!("{}/{key}", self.front)).ok().flatten()
+    }
+
+    /// Writes one key of the frontend's own directory.
+    pub fn set_front_key(&self, store: &Client, key: &str, value: &str) -> Result<(), Error> {
+        store.write(Tx::NONE, &format!("{}/{key}", self.front), value)
     }
 
     /// Writes keys below the frontend's directory and its state in one transaction, after removing

@@ -1,7 +1,7 @@
 //! Where a device's queues note what they have taken and not answered: memory that outlives the
 //! process, so that a successor serves it again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rings::PAGE_SIZE;
@@ -32,11 +32,6 @@ pub struct Tables {
     pub past: Past,
 }
 
-/// The file beside a device's stats page and control socket.
-pub fn path(run_dir: &Path, id: &DeviceId) -> PathBuf {
-    run_dir.join(id.domid.to_string()).join(format!("{}-{}.inflight", id.kind, id.devid))
-}
-
 impl Tables {
     /// Those that a predecessor left, where the frontend goes on with its rings; otherwise new
     /// ones. `identity` says what the rings of this connection are: those of another have other
@@ -49,7 +44,7 @@ impl Tables {
         lens: &[usize],
         how: Meeting,
     ) -> Tables {
-        let path = path(run_dir, id);
+        let path = id.file(run_dir, "inflight");
         let total = lens.iter().sum();
         let past = match how {
             Meeting::Fresh => Past::None,
@@ -93,7 +88,7 @@ fn parts(lasting: &Lasting, lens: &[usize]) -> Vec<TableMemory> {
 
 /// Removes the tables of a device that is done with its frontend.
 pub fn forget(run_dir: &Path, id: &DeviceId) {
-    let path = path(run_dir, id);
+    let path = id.file(run_dir, "inflight");
     if let Err(e) = Lasting::remove(&path) {
         tracing::warn!("{id}: cannot remove {}: {e}", path.display());
     }

@@ -100,6 +100,8 @@ pub enum Action {
     Connect,
     /// As `Connect`, to a frontend that a predecessor of this process had connected.
     Attach,
+    /// Take over what a connected frontend has changed (netif's `xdp-headroom`).
+    Reconfigure,
     /// Stop serving, answer what is in flight, unmap.
     Disconnect,
     /// Close what the device stands on (the image and its lock).
@@ -153,6 +155,13 @@ pub fn step(phase: Phase, seen: &Seen) -> (Phase, Vec<Action>) {
             (Waiting, then(&[Advertise, Set(State::InitWait)]))
         }
         (Connected, Some(_)) if own == State::Closing => (Closing, vec![]),
+        // 7, our 8, 4, our 4 again: a frontend that reconfigures a second time waits for a new 8.
+        (Connected, Some(State::Reconfiguring)) if own == State::Connected => {
+            (Connected, vec![Reconfigure, Set(State::Reconfigured)])
+        }
+        (Connected, Some(State::Connected)) if own == State::Reconfigured => {
+            (Connected, vec![Set(State::Connected)])
+        }
         (Closed, Some(State::Initialising)) if seen.online => {
             (Waiting, vec![Advertise, Set(State::InitWait)])
         }
@@ -171,10 +180,10 @@ pub fn step(phase: Phase, seen: &Seen) -> (Phase, Vec<Action>) {
 /// The first look at a node, which a predecessor may have left in any state.
 fn begin(own: State, seen: &Seen) -> (Phase, Vec<Action>) {
     use Action::*;
-    let connected = matches!(seen.frontend, Some(State::Connected));
+    let connected = matches!(seen.frontend, Some(State::Connected | State::Reconfiguring));
     match own {
-        State::Connected if connected => (Phase::Connected, vec![Attach]),
-        State::Connected | State::Closing => match seen.frontend {
+        State::Connected | State::Reconfigured if connected => (Phase::Connected, vec![Attach]),
+        State::Connected | State::Reconfigured | State::Closing => match seen.frontend {
             // The predecessor died while the two were closing.
             Some(State::Closing | State::Initialised | State::Connected)
                 if own == State::Closing =>

@@ -73,6 +73,46 @@ fn shutdown_is_5_then_6() {
 }
 
 #[test]
+fn a_connected_frontend_reconfigures_as_often_as_it_likes() {
+    let (mut phase, mut s) = (Phase::Connected, seen(4, Some(4)));
+    for _ in 0..2 {
+        s.frontend = Some(State::Reconfiguring);
+        let (next, seen, did) = settle(phase, s);
+        assert_eq!((next, did), (Phase::Connected, vec![Reconfigure, Set(State::Reconfigured)]));
+        s = seen;
+        s.frontend = Some(State::Connected);
+        let (next, seen, did) = settle(next, s);
+        assert_eq!((next, did), (Phase::Connected, vec![Set(State::Connected)]));
+        (phase, s) = (next, seen);
+    }
+    // It may also go without having come back, and be killed or begin anew.
+    for (own, frontend) in [(8, 5), (8, 6), (8, 1), (4, 5)] {
+        let (phase, _, did) = settle(Phase::Connected, seen(own, Some(frontend)));
+        assert_ne!((phase, did.is_empty()), (Phase::Connected, true), "{own} {frontend}");
+    }
+    assert_eq!(settle(Phase::Connected, seen(8, None)).0, Phase::Closed);
+}
+
+#[test]
+fn a_reconfiguration_that_nobody_waits_for_does_nothing() {
+    for phase in [Phase::Waiting, Phase::Closing, Phase::Closed] {
+        let (next, _, did) =
+            settle(phase, seen(if phase == Phase::Waiting { 2 } else { 5 }, Some(7)));
+        assert!(!did.contains(&Reconfigure) && !did.contains(&Connect), "{phase:?} {next:?}");
+    }
+}
+
+#[test]
+fn a_predecessor_that_died_while_reconfiguring() {
+    for (own, frontend) in [(4, 7), (8, 7), (8, 4)] {
+        let (phase, s, did) = settle(Phase::New, seen(own, Some(frontend)));
+        assert_eq!((phase, did[0]), (Phase::Connected, Attach), "{own} {frontend}");
+        let own = if frontend == 7 { State::Reconfigured } else { State::Connected };
+        assert_eq!(s.own, Some(own));
+    }
+}
+
+#[test]
 fn destroy_is_answered_at_once() {
     for phase in [Phase::Waiting, Phase::Connected, Phase::Closing] {
         let (next, s, did) = settle(phase, seen(4, None));

@@ -1,5 +1,6 @@
 //! The two xenstore directories of one device.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::machine::{Hotplug, Phase, Seen, State};
@@ -18,6 +19,13 @@ pub struct DeviceId {
     pub domid: DomId,
     /// The device's number within its domain.
     pub devid: u32,
+}
+
+impl DeviceId {
+    /// The device's file of this kind in the run directory: `DOMID/KIND-DEVID.EXTENSION`.
+    pub fn file(&self, run_dir: &Path, extension: &str) -> PathBuf {
+        run_dir.join(format!("{}/{}-{}.{extension}", self.domid, self.kind, self.devid))
+    }
 }
 
 impl std::fmt::Display for DeviceId {

@@ -21,6 +21,11 @@ pub trait Backend: Send + Sync {
     fn kind(&self) -> &'static str;
     /// Name of the hotplug script whose nodes are ours.
     fn script(&self) -> &'static str;
+    /// Keys of the frontend's directory that may change while it is connected: a change of one
+    /// calls [`Device::reconfigure`].
+    fn live_keys(&self) -> &'static [&'static str] {
+        &[]
+    }
     /// A device for a node that has appeared. Nothing is opened or mapped yet.
     fn device(&self, id: &DeviceId) -> Box<dyn Device>;
 }
@@ -207,7 +212,9 @@ impl Server<'_> {
         let (ask, requests) = bounded(16);
         claim.listen(self.runtime.handle(), ask)?;
         let frontend_path = nodes.frontend_path().to_owned();
-        self.store.watch(&format!("{frontend_path}/state"), &format!("frontend:{id}"))?;
+        for key in watched_keys(self.backend) {
+            self.store.watch(&format!("{frontend_path}/{key}"), &format!("frontend:{id}"))?;
+        }
         let device = self.backend.device(&id);
         let runner = Runner { nodes, device, words: heard, requests, log: LogLimit::default() };
         let handle = std::thread::Builder::new()
@@ -250,11 +257,14 @@ impl Server<'_> {
         if thread.handle.join().is_err() {
             tracing::error!("{id}: its thread panicked");
         }
-        let path = format!("{}/state", thread.frontend_path);
-        match self.store.unwatch(&path, &format!("frontend:{id}")) {
-            Err(e) if !e.is_not_found() => Err(e.into()),
-            _ => Ok(()),
+        for key in watched_keys(self.backend) {
+            let path = format!("{}/{key}", thread.frontend_path);
+            match self.store.unwatch(&path, &format!("frontend:{id}")) {
+                Err(e) if !e.is_not_found() => return Err(e.into()),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     fn guest_is_gone(&mut self) -> io::Result<bool> {
@@ -281,6 +291,11 @@ impl Server<'_> {
             }
         }
     }
+}
+
+/// Keys of each frontend's directory whose changes are told to its device.
+fn watched_keys(backend: &dyn Backend) -> impl Iterator<Item = &'static str> {
+    ["state"].into_iter().chain(backend.live_keys().iter().copied())
 }
 
 fn poke(thread: &Thread) {

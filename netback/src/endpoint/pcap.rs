@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::{Abilities, Accepts, Endpoint, EndpointQueue, Waits};
+use crate::config::Carrier;
 use crate::frame::{Frame, Pool};
 pub use file::{NotPcap, Packet};
 use file::{Reader, Writer};
@@ -50,6 +51,9 @@ impl<E: Endpoint> Endpoint for Recorder<E> {
     fn queue(&self, number: usize) -> io::Result<Box<dyn EndpointQueue>> {
         let below = self.below.queue(number)?;
         Ok(Box::new(Recording { below, file: self.file.clone(), left: 0 }))
+    }
+    fn link(&self, carrier: Carrier) -> io::Result<()> {
+        self.below.link(carrier)
     }
     fn disconnect(&self) {
         self.below.disconnect();

@@ -6,15 +6,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
-use rustix::event::{EventfdFlags, eventfd};
+use parking_lot::RwLock;
 
 use super::{Abilities, Accepts, Endpoint, EndpointQueue, Waits};
-use crate::frame::{Frame, Offload, Pool};
+use crate::frame::{Frame, Pool};
+use crate::mailbox::Mailbox;
 use crate::proto::ETHERNET_HEADER;
 use crate::stack::flow;
 
@@ -24,9 +23,6 @@ type Mac = [u8; 6];
 const ADDRESSES: usize = 256;
 /// How long an address is known that sends nothing (IEEE 802.1D's default).
 const AGE: Duration = Duration::from_secs(300);
-/// What waits in a mailbox at most.
-const FRAMES: usize = 256;
-const BYTES: usize = 4 << 20;
 
 /// See the module.
 #[derive(Default)]
@@ -45,26 +41,6 @@ struct Inner {
 struct Known {
     port: usize,
     seen: Instant,
-}
-
-struct Packet {
-    bytes: Vec<u8>,
-    offload: Offload,
-}
-
-/// Frames for one queue.
-struct Mailbox {
-    packets: Mutex<Packets>,
-    /// Readable while there are any.
-    wake: OwnedFd,
-}
-
-#[derive(Default)]
-struct Packets {
-    waiting: VecDeque<Packet>,
-    bytes: usize,
-    /// Memory of packets that were taken.
-    spare: Vec<Vec<u8>>,
 }
 
 impl Switch {
@@ -119,58 +95,13 @@ impl Inner {
             if number == from || only.is_some_and(|only| only != number) || queues.is_empty() {
                 continue;
             }
-            let queue = if queues.len() == 1 { 0 } else { flow(frame) as usize % queues.len() };
+            // What a guest says of its frame's hash spares looking into it: no more hangs on it
+            // than the queue.
+            let spread = || frame.hash.map_or_else(|| flow(frame), |hash| hash.value);
+            let queue = if queues.len() == 1 { 0 } else { spread() as usize % queues.len() };
             full += u64::from(!queues[queue].put(frame));
         }
         full
-    }
-}
-
-impl Mailbox {
-    fn new() -> io::Result<Mailbox> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Mailbox { packets: Mutex::default(), wake })
-    }
-
-    /// Copies a frame into it; whether there was room.
-    fn put(&self, frame: &Frame) -> bool {
-        let mut packets = self.packets.lock();
-        if packets.waiting.len() >= FRAMES || packets.bytes + frame.len() > BYTES {
-            return false;
-        }
-        let mut bytes = packets.spare.pop().unwrap_or_default();
-        bytes.clear();
-        bytes.extend_from_slice(frame);
-        packets.bytes += bytes.len();
-        packets.waiting.push_back(Packet { bytes, offload: frame.offload });
-        if packets.waiting.len() == 1
-            && let Err(e) = rustix::io::write(&self.wake, &1u64.to_ne_bytes())
-        {
-            tracing::debug!("waking a vif: {e}");
-        }
-        true
-    }
-
-    /// Copies what there is into frames, up to `room` of them.
-    fn take(&self, frames: &mut VecDeque<Frame>, room: usize, pool: &mut Pool) {
-        let mut packets = self.packets.lock();
-        let before = packets.waiting.len();
-        for _ in 0..room.min(before) {
-            let Some(mut frame) = pool.take() else { break };
-            let Some(packet) = packets.waiting.pop_front() else { break };
-            frame.set_len(packet.bytes.len());
-            frame.copy_from_slice(&packet.bytes);
-            frame.offload = packet.offload;
-            packets.bytes -= packet.bytes.len();
-            packets.spare.push(packet.bytes);
-            frames.push_back(frame);
-        }
-        if before > 0 && packets.waiting.is_empty() {
-            let mut count = [0; 8];
-            if let Err(e) = rustix::io::read(&self.wake, &mut count) {
-                tracing::debug!("a vif's wake-up: {e}");
-            }
-        }
     }
 }
 
@@ -254,7 +185,7 @@ impl EndpointQueue for PortQueue {
     }
 
     fn waits(&self) -> Waits<'_> {
-        Waits { readable: Some(self.mailbox.wake.as_fd()), ..Waits::default() }
+        Waits { readable: Some(self.mailbox.fd()), ..Waits::default() }
     }
 
     fn take_dropped(&mut self) -> u64 {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::frame::Checksum;
+use crate::mailbox::FRAMES;
 
 struct End {
     queue: Box<dyn EndpointQueue>,

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use self::device::Carrier;
 pub use self::device::Persistence;
 use super::vnet::{self, Size};
 use super::{Abilities, Accepts, Endpoint, EndpointQueue, Waits};
+use crate::config::Carrier;
 use crate::frame::{Frame, Pool};
 
 /// Of the header before each frame.
@@ -82,6 +82,10 @@ impl Endpoint for Tap {
         let state = self.state.lock();
         let end = state.ends.get(number).ok_or(io::ErrorKind::NotFound)?;
         Ok(Box::new(TapQueue { end: Arc::clone(end), full: false, dropped: 0 }))
+    }
+
+    fn link(&self, carrier: Carrier) -> io::Result<()> {
+        device::carrier(self.first().as_fd(), carrier)
     }
 
     fn disconnect(&self) {

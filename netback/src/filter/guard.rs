@@ -52,6 +52,18 @@ pub enum AntiSpoof {
     Ip,
 }
 
+impl AntiSpoof {
+    /// A word of the knob `antispoof`.
+    pub fn parse(text: &str) -> Option<AntiSpoof> {
+        match text {
+            "off" => Some(AntiSpoof::Off),
+            "mac" => Some(AntiSpoof::Mac),
+            "ip" => Some(AntiSpoof::Ip),
+            _ => None,
+        }
+    }
+}
+
 /// Addresses with a common beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Prefix<T> {

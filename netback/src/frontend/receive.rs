@@ -9,6 +9,7 @@ use rings::{FrontRing, PAGE_SIZE, RingCounters};
 
 use super::{Fault, Totals};
 use crate::frame::{Frame, Gso, MAX_FRAME, Pool};
+use crate::hash::Hash;
 use crate::offload::claimed;
 use crate::proto::{
     Extra, RX_CSUM_BLANK, RX_DATA_VALIDATED, RX_EXTRA_INFO, RX_MORE_DATA, Rx, RxRequest, RxResponse,
@@ -113,7 +114,10 @@ impl Receive {
         if let Some(packet) = &mut self.partial {
             match info.parse() {
                 Ok(Extra::Gso(gso)) => packet.gso = Some(gso),
-                Ok(Extra::Hash { value, .. }) => self.hash = Some(value),
+                Ok(extra @ Extra::Hash { value, .. }) => {
+                    self.hash = Some(value);
+                    packet.frame.hash = Hash::of_extra(&extra);
+                }
                 Ok(_) => {}
                 Err(_) => packet.bad = true,
             }

@@ -34,6 +34,8 @@ pub(super) struct Transmit {
     /// Whether a page is in the ring.
     used: Vec<bool>,
     takes: Accepts,
+    /// Whether the backend takes hashes (`XEN_NETIF_EXTRA_TYPE_HASH`).
+    pub takes_hash: bool,
 }
 
 impl Transmit {
@@ -51,6 +53,7 @@ impl Transmit {
             free: (0..count).rev().collect(),
             used: vec![false; usize::from(count)],
             takes,
+            takes_hash: false,
         })
     }
 
@@ -95,8 +98,11 @@ impl Transmit {
             return Pushed::Never;
         }
         let slots = frame.len().div_ceil(PAGE_SIZE);
-        let extras = usize::from(frame.offload.gso.is_some());
-        if self.free.len() < slots || (self.ring.free() as usize) < slots + extras {
+        let hash = frame.hash.filter(|_| self.takes_hash);
+        let gso = frame.offload.gso.map(Extra::Gso);
+        let extras = gso.into_iter().chain(hash.map(Extra::from));
+        let behind = extras.clone().count();
+        if self.free.len() < slots || (self.ring.free() as usize) < slots + behind {
             return Pushed::Later;
         }
         let mut flags = match frame.offload.checksum {
@@ -112,8 +118,7 @@ impl Transmit {
             if number + 1 < slots {
                 flags |= TX_MORE_DATA;
             }
-            let extra = frame.offload.gso.filter(|_| number == 0);
-            if extra.is_some() {
+            if number == 0 && behind > 0 {
                 flags |= TX_EXTRA_INFO;
             }
             if number > 0 {
@@ -126,8 +131,9 @@ impl Transmit {
                 id,
                 size,
             });
-            if let Some(gso) = extra {
-                self.slot(ExtraInfo::from(Extra::Gso(gso)).into());
+            for (n, extra) in extras.clone().enumerate().filter(|_| number == 0) {
+                let info = ExtraInfo::from(extra);
+                self.slot(if n + 1 < behind { info.and_more() } else { info }.into());
             }
             flags = 0;
         }

@@ -1,24 +1,9 @@
 //! The frontend's side: reading what a backend offers, writing what was chosen.
 
 use hypervisor::xenbus::Key;
+use hypervisor::xenbus::keys::{Keys, Refused, key};
 
-use super::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify, key, shown};
-
-/// Why a backend's keys are of no use.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unusable {
-    /// It wants to exchange pages.
-    #[error("backend key feature-rx-copy is not 1: rx-flip is not supported")]
-    Flip,
-    /// A key holds what it cannot hold.
-    #[error("backend key {key} is {value:?}, which makes no sense")]
-    Nonsense {
-        /// The key.
-        key: &'static str,
-        /// Its value, shortened.
-        value: String,
-    },
-}
+use super::{Accepted, FLIP, Multicast, Offer, Ports, QueueKeys, RxNotify};
 
 /// The largest ring that a frontend is ready for, as log2 of its pages.
 const MAX_ORDER: u32 = 4;
@@ -28,29 +13,22 @@ const MAX_QUEUES: u32 = 256;
 impl Offer {
     /// Reads a backend's offer through `read`. What it does not mention it does not offer; what is
     /// larger than a frontend needs is cut.
-    pub fn read(read: impl Fn(&str) -> Option<String>) -> Result<Offer, Unusable> {
-        let number = |key: &'static str, default: u32| {
-            let Some(value) = read(key) else { return Ok(default) };
-            let digits = value.trim();
-            let plain = digits.bytes().all(|b| b.is_ascii_digit());
-            let nonsense = || Unusable::Nonsense { key, value: shown(&value) };
-            digits.parse().ok().filter(|_| plain).ok_or_else(nonsense)
-        };
-        let flag = |key| number(key, 0).map(|n| n != 0);
-        if !flag("feature-rx-copy")? {
-            return Err(Unusable::Flip);
+    pub fn read(read: impl Fn(&str) -> Option<String>) -> Result<Offer, Refused> {
+        let keys = Keys::of_backend(read);
+        if !keys.flag("feature-rx-copy")? {
+            return Err(keys.refuse("feature-rx-copy", FLIP));
         }
         Ok(Offer {
-            scatter: flag("feature-sg")?,
-            tso4: flag("feature-gso-tcpv4")?,
-            tso6: flag("feature-gso-tcpv6")?,
-            checksum6: flag("feature-ipv6-csum-offload")?,
-            split: flag("feature-split-event-channels")?,
-            multicast: flag("feature-multicast-control")?,
-            ctrl_ring: flag("feature-ctrl-ring")?,
-            xdp_headroom: flag("feature-xdp-headroom")?,
-            max_queues: number("multi-queue-max-queues", 1)?.clamp(1, MAX_QUEUES),
-            max_ring_page_order: number("max-ring-page-order", 0)?.min(MAX_ORDER),
+            scatter: keys.flag("feature-sg")?,
+            tso4: keys.flag("feature-gso-tcpv4")?,
+            tso6: keys.flag("feature-gso-tcpv6")?,
+            checksum6: keys.flag("feature-ipv6-csum-offload")?,
+            split: keys.flag("feature-split-event-channels")?,
+            multicast: keys.flag("feature-multicast-control")?,
+            ctrl_ring: keys.flag("feature-ctrl-ring")?,
+            xdp_headroom: keys.flag("feature-xdp-headroom")?,
+            max_queues: keys.number("multi-queue-max-queues")?.unwrap_or(1).clamp(1, MAX_QUEUES),
+            max_ring_page_order: keys.number("max-ring-page-order")?.unwrap_or(0).min(MAX_ORDER),
         })
     }
 }
@@ -182,9 +160,11 @@ mod tests {
             read("feature-rx-copy=1 multi-queue-max-queues=4000000000 max-ring-page-order=9")
                 .expect("an offer");
         assert_eq!((most.max_queues, most.max_ring_page_order), (MAX_QUEUES, MAX_ORDER));
-        assert_eq!(read("feature-rx-flip=1"), Err(Unusable::Flip));
-        let bad = read("feature-rx-copy=1 feature-sg=-1");
-        assert_eq!(bad, Err(Unusable::Nonsense { key: "feature-sg", value: "-1".into() }));
+        let refused = |text| read(text).expect_err("nonsense").to_string();
+        let flip = "backend key feature-rx-copy is not 1: rx-flip is not supported";
+        assert_eq!(refused("feature-rx-flip=1"), flip);
+        let bad = "backend key feature-sg is \"-1\", which is not a number";
+        assert_eq!(refused("feature-rx-copy=1 feature-sg=-1"), bad);
     }
 
     #[test]

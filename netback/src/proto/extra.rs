@@ -88,7 +88,8 @@ impl ExtraInfo {
             EXTRA_TYPE_MCAST_ADD => Ok(Extra::McastAdd(self.data)),
             EXTRA_TYPE_MCAST_DEL => Ok(Extra::McastDel(self.data)),
             EXTRA_TYPE_HASH => {
-                Ok(Extra::Hash { kind: a, algorithm: b, value: u32::from_ne_bytes([c, d, e, f]) })
+                // "LSB ---- value ---- MSB"
+                Ok(Extra::Hash { kind: a, algorithm: b, value: u32::from_le_bytes([c, d, e, f]) })
             }
             EXTRA_TYPE_XDP => Ok(Extra::Xdp { headroom: u16::from_ne_bytes([a, b]) }),
             other => Err(Malformed::Type(other)),
@@ -110,7 +111,7 @@ impl From<Extra> for ExtraInfo {
             Extra::McastAdd(address) => (EXTRA_TYPE_MCAST_ADD, address),
             Extra::McastDel(address) => (EXTRA_TYPE_MCAST_DEL, address),
             Extra::Hash { kind, algorithm, value } => {
-                let [a, b, c, d] = value.to_ne_bytes();
+                let [a, b, c, d] = value.to_le_bytes();
                 (EXTRA_TYPE_HASH, [kind, algorithm, a, b, c, d])
             }
             Extra::Xdp { headroom } => {

@@ -10,19 +10,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hypervisor::xenbus::Fault;
+use hypervisor::xenbus::queue::{Shared, wait};
 use hypervisor::{CopyOp, DomId, Grants};
 use perf::Handle;
 use perf::polling::Poller;
 use rings::{Corrupt, Pending};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags};
 
-use super::{Channels, Held, Ring, Shared};
+use super::{Channels, Held, Ring, Settings};
 use crate::counters::QueueCounters;
 use crate::endpoint::{Accepts, EndpointQueue};
 use crate::filter::Filter;
 use crate::frame::{Frame, Pool};
+use crate::hold::Hold;
 use crate::limit::Limits;
+use crate::live::{Live, Seen};
+use crate::mailbox::Mailbox;
 use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
 use crate::proto::{Rx, RxRequest, Tx};
@@ -48,9 +51,14 @@ pub(super) struct Worker {
     pub channels: Channels,
     pub endpoint: Box<dyn EndpointQueue>,
     pub pool: Pool,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<Shared<Settings>>,
+    pub hold: Arc<Hold>,
     pub counters: Handle<QueueCounters>,
-    pub shape: Shape,
+    /// Which of the vif's queues it is, and what others have for each.
+    pub number: usize,
+    pub inboxes: Arc<[Mailbox]>,
+    pub live: Arc<Live>,
+    pub seen: Seen,
     pub accepts: Accepts,
     pub leaves_host: Leaves,
     pub leaves_guest: Leaves,
@@ -108,6 +116,7 @@ impl Worker {
     /// One round; whether there was anything to do.
     fn round(&mut self) -> Result<bool, Fault> {
         self.take_knobs();
+        self.live.refresh(&mut self.seen);
         let sent = self.transmit()?;
         let received = self.receive()?;
         Ok(sent || received)
@@ -131,12 +140,22 @@ impl Worker {
             .map_err(|e| self.failed("grant copy", &e))
     }
 
+    /// Frames that other queues have for this one.
+    fn inbox(&self) -> Option<&Mailbox> {
+        self.inboxes.get(self.number)
+    }
+
+    /// How the guest wants its packets.
+    fn shape(&self) -> Shape {
+        Shape { headroom: self.seen.wishes.headroom }
+    }
+
     /// Takes over knobs that were changed meanwhile.
     fn take_knobs(&mut self) {
-        if let Some(live) = self.shared.changed(&mut self.run.changes) {
-            self.poller = Poller::new(live.config.poll_us);
-            self.stall = Duration::from_secs(live.config.rx_stall_s.into());
-            self.filter = live.filter;
+        if let Some(settings) = self.shared.changed(&mut self.run.changes) {
+            self.poller = Poller::new(settings.config.poll_us);
+            self.stall = Duration::from_secs(settings.config.rx_stall_s.into());
+            self.filter = settings.filter;
         }
     }
 
@@ -241,19 +260,11 @@ impl Worker {
             second.map_or_else(unused, input),
             input(self.shared.wake()),
             waits.readable.filter(|_| hungry).map_or_else(unused, input),
+            self.inbox().filter(|_| hungry).map_or_else(unused, |inbox| input(inbox.fd())),
             waits.writable.map_or_else(unused, output),
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();
         Ok([ready(0), second.is_some() && ready(1), ready(2)])
-    }
-}
-
-/// Waits for one of the descriptors or the end of the time.
-fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<()> {
-    let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
-    match poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(e) => Err(e.into()),
     }
 }

@@ -8,9 +8,8 @@ use netback::endpoint::named::Plain;
 use netback::endpoint::pcap::{Pace, Recorder, Replay};
 use netback::frame::{Checksum, Gso, GsoKind};
 use netback::{FrontOptions, Open};
-use serde_json::json;
 
-use crate::rig::{Driver, Rig, until};
+use crate::rig::{DEVID, Driver, Rig, until};
 use crate::{is_summed, opaque, tcp_packet};
 
 const MAC: [u8; 6] = [0, 0x16, 0x3e, 0, 0, 1];
@@ -46,15 +45,15 @@ fn a_guests_addresses_are_watched_when_that_is_asked_for_and_as_long() {
     passes(&mut driver, &other);
     rig.set("antispoof", "mac");
     send(&mut driver, &other);
-    until("it is dropped", || rig.counter("tx_dropped_spoofed") == 1);
+    until("it is dropped", || rig.counter(DEVID, "tx_dropped_spoofed") == 1);
     passes(&mut driver, &own);
     rig.set("antispoof", "ip");
     send(&mut driver, &own);
-    until("another protocol is dropped", || rig.counter("tx_dropped_spoofed") == 2);
+    until("another protocol is dropped", || rig.counter(DEVID, "tx_dropped_spoofed") == 2);
     rig.set("antispoof", "off");
     passes(&mut driver, &other);
-    let answer = rig.ask(&json!({"command": "set", "knob": "antispoof", "value": "on"}));
-    assert!(answer["error"].as_str().is_some_and(|e| e.contains("off, mac or ip")), "{answer}");
+    let refused = rig.try_set("antispoof", "on").unwrap_err();
+    assert!(refused.contains("off, mac, ip"), "{refused}");
     drop(driver);
     front.close().unwrap();
 }
@@ -66,13 +65,13 @@ fn a_node_may_ask_for_it_and_without_addresses_it_is_refused() {
     let mut driver = Driver::new(front.queue(0).unwrap(), 64);
     send(&mut driver, &from([2; 6], 1));
     passes(&mut driver, &from(MAC, 2));
-    assert_eq!(rig.counter("tx_dropped_spoofed"), 1);
-    let answer = rig.ask(&json!({"command": "set", "knob": "antispoof", "value": "ip"}));
-    assert!(answer["error"].as_str().is_some_and(|e| e.contains("key ip")), "{answer}");
+    assert_eq!(rig.counter(DEVID, "tx_dropped_spoofed"), 1);
+    let refused = rig.try_set("antispoof", "ip").unwrap_err();
+    assert!(refused.contains("key ip"), "{refused}");
     // What was asked for before is still in force.
     send(&mut driver, &from([2; 6], 3));
     passes(&mut driver, &from(MAC, 4));
-    assert_eq!(rig.counter("tx_dropped_spoofed"), 2);
+    assert_eq!(rig.counter(DEVID, "tx_dropped_spoofed"), 2);
 }
 
 /// Vifs with a loopback that records what passes.
@@ -108,7 +107,7 @@ fn outside_there_is_the_vlans_tag_and_offsets_point_behind_it() {
     let mut hop = from(MAC, 2);
     hop[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
     send(&mut driver, &hop);
-    until("it is dropped", || rig.counter("tx_dropped_vlan") == 1);
+    until("it is dropped", || rig.counter(DEVID, "tx_dropped_vlan") == 1);
     drop(driver);
     front.close().unwrap();
     drop(rig);
@@ -133,8 +132,8 @@ fn frames_of_another_vlan_do_not_come_in() {
     passes(&mut driver, &tagged);
     rig.set("vlan", "100");
     passes(&mut driver, &from(MAC, 2));
-    let answer = rig.ask(&json!({"command": "set", "knob": "vlan", "value": "4095"}));
-    assert!(answer["error"].as_str().is_some_and(|e| e.contains("4094")), "{answer}");
+    let refused = rig.try_set("vlan", "4095").unwrap_err();
+    assert!(refused.contains("4094"), "{refused}");
     rig.set("vlan", "0");
     passes(&mut driver, &tagged);
 }

@@ -6,7 +6,7 @@ use netback::FrontOptions;
 use serde_json::{Value, json};
 
 use crate::opaque;
-use crate::rig::{Driver, Rig, until};
+use crate::rig::{DEVID, Driver, Rig, until};
 
 fn send(driver: &mut Driver, seeds: std::ops::Range<u64>, len: usize) {
     for seed in seeds {
@@ -47,7 +47,7 @@ fn what_is_held_goes_when_it_is_released_and_nowhere_when_it_is_dropped() {
     for driver in &mut drivers {
         send(driver, 0..20, 1000);
     }
-    until("all are held", || rig.counter("tx_held") == 40);
+    until("all are held", || rig.counter(DEVID, "tx_held") == 40);
     drivers.iter_mut().for_each(is_quiet);
     let then_hold = |command: &str| rig.ask(&json!({"command": command, "then": "hold"}));
     assert_eq!(then_hold("release-output"), json!({"packets": 40, "bytes": 40_000}));
@@ -56,20 +56,20 @@ fn what_is_held_goes_when_it_is_released_and_nowhere_when_it_is_dropped() {
         // These are the next checkpoint's.
         send(driver, 20..25, 1000);
     }
-    until("they are held", || rig.counter("tx_held") == 10);
+    until("they are held", || rig.counter(DEVID, "tx_held") == 10);
     drivers.iter_mut().for_each(is_quiet);
     assert_eq!(then_hold("drop-output"), json!({"packets": 10, "bytes": 10_000}));
-    until("they are dropped", || rig.counter("tx_dropped_held") == 10);
+    until("they are dropped", || rig.counter(DEVID, "tx_dropped_held") == 10);
     for driver in &mut drivers {
         send(driver, 25..30, 1000);
     }
-    until("they are held", || rig.counter("tx_held") == 10);
+    until("they are held", || rig.counter(DEVID, "tx_held") == 10);
     ask(&rig, "release-output");
     for driver in &mut drivers {
         send(driver, 30..40, 1000);
         come(driver, 25..40, 1000);
     }
-    assert_eq!(rig.counter("tx_held"), 0);
+    assert_eq!(rig.counter(DEVID, "tx_held"), 0);
     assert!(ask(&rig, "hold-outputs")["error"].is_string());
 }
 
@@ -83,7 +83,7 @@ fn a_full_hold_stops_the_guest_and_loses_nothing() {
     let (mut before, mut same) = (0, 0);
     until("no more is held", || {
         driver.turn();
-        let now = rig.counter("tx_held");
+        let now = rig.counter(DEVID, "tx_held");
         same = if now == before && now > 0 { same + 1 } else { 0 };
         before = now;
         same > 20
@@ -102,8 +102,24 @@ fn a_guest_that_connects_again_is_still_held() {
     let front = rig.connect(&FrontOptions::default());
     let mut driver = Driver::new(front.queue(0).unwrap(), 64);
     send(&mut driver, 0..5, 100);
-    until("they are held", || rig.counter("tx_held") == 5);
+    until("they are held", || rig.counter(DEVID, "tx_held") == 5);
     is_quiet(&mut driver);
     ask(&rig, "release-output");
     come(&mut driver, 0..5, 100);
+}
+
+#[test]
+fn what_is_released_over_a_link_that_is_down_goes_nowhere() {
+    let rig = Rig::start("loopback", &[]);
+    let front = rig.connect(&FrontOptions::default());
+    let mut driver = Driver::new(front.queue(0).unwrap(), 64);
+    ask(&rig, "hold-output");
+    send(&mut driver, 0..5, 100);
+    until("they are held", || rig.counter(DEVID, "tx_held") == 5);
+    rig.set("carrier", "down");
+    ask(&rig, "release-output");
+    until("they are dropped", || rig.counter(DEVID, "tx_dropped_link") == 5);
+    rig.set("carrier", "up");
+    send(&mut driver, 5..10, 100);
+    come(&mut driver, 5..10, 100);
 }

@@ -1,10 +1,14 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
 mod filters;
+mod grants;
 mod hold;
+mod lifetime;
+mod live;
 mod raw;
 mod rig;
 mod stream;
+mod watched;
 mod wire;
 mod xsa;
 
@@ -218,6 +222,54 @@ fn unsegmented_packets_come_back_whole_or_cut_with_right_checksums() {
     }
 }
 
+/// Each queue's own packets in its own counters, which `ringback stats` shows.
+#[test]
+fn the_stats_page_of_four_queues() {
+    let rig = Rig::start("loopback", &[("mtu", "65535")]);
+    for life in 0..2 {
+        let front = rig.connect(&FrontOptions { max_queues: 4, ..FrontOptions::default() });
+        for number in 0..4 {
+            let mut driver = Driver::new(front.queue(number).unwrap(), 64);
+            let (bytes, start) = tcp_packet(GsoKind::TcpV4, 20_000);
+            for _ in 0..=number {
+                let mut frame = driver.frame(&bytes);
+                frame.offload.checksum = Checksum::Blank { start: start as u16, offset: 16 };
+                frame.offload.gso = Some(Gso { kind: GsoKind::TcpV4, size: 1428 });
+                driver.sent.push_back(frame);
+            }
+            driver.until_got(number + 1);
+            let frame = driver.frame(&opaque(1, 60));
+            driver.sent.push_back(frame);
+            driver.until_got(number + 2);
+        }
+        let blocks = rig.stats(DEVID);
+        assert_eq!(blocks.len(), 12, "{blocks:?}");
+        for number in 0..4u64 {
+            let value = |block: &str, name: &str| {
+                let block = format!("{block}-{number}");
+                let (_, values) = blocks.iter().find(|(name, _)| *name == block).expect("a block");
+                values.iter().find(|(n, _)| n == name).expect("a counter").1
+            };
+            let gso = number + 1;
+            for (block, name, wanted) in [
+                ("queue", "tx_packets", gso + 1),
+                ("queue", "rx_packets", gso + 1),
+                ("queue", "tx_gso", gso),
+                ("queue", "rx_gso", gso),
+                ("queue", "tx_csum_blank", gso),
+                ("queue", "tx_slots", gso * 6 + 1),
+                ("queue", "rx_slots", gso * 6 + 1),
+                ("tx-ring", "requests", gso * 6 + 1),
+                ("rx-ring", "responses", gso * 6 + 1),
+            ] {
+                assert_eq!(value(block, name), wanted, "{block}-{number}: {name}, life {life}");
+            }
+        }
+        front.close().unwrap();
+        until("the page goes with the connection", || rig.stats(DEVID).is_empty());
+    }
+}
+
 /// Downloads so many bytes and compares them.
 fn download(host: &mut Host<Several<FrontQueue>>, len: usize) {
     let buffer = || tcp::SocketBuffer::new(vec![0; 1 << 18]);
@@ -308,9 +360,7 @@ fn a_wrong_node_is_refused_by_name() {
     let options = FrontOptions { patience: Duration::from_secs(2), ..FrontOptions::default() };
     let error = netback::NetFront::connect(&*rig.guest(), DEVID, &options).err().expect("refused");
     assert!(error.to_string().contains("vif/0"), "{error}");
-    let path = format!("/local/domain/0/error/backend/{}/error", rig.id(DEVID));
     until("the reason is told", || {
-        let told = rig.toolstack.store().unwrap().get(&path).unwrap();
-        told.is_some_and(|text| text.contains("carrier-pigeon"))
+        rig.error(DEVID).is_some_and(|text| text.contains("carrier-pigeon"))
     });
 }

@@ -1,5 +1,6 @@
 //! A frontend whose slots the tests write one by one.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,11 +8,11 @@ use hypervisor::embedded::Frontend;
 use hypervisor::store::Client;
 use hypervisor::xenbus::State;
 use hypervisor::xenbus::front::Node;
-use hypervisor::{Access, EventChannel, GrantedPages, Guest};
+use hypervisor::{Access, DomId, EventChannel, GrantedPages, Guest};
 use netback::endpoint::Accepts;
-use netback::frontend::KIND;
-use netback::negotiate::{Accepted, Multicast, Ports, QueueKeys, RxNotify};
-use netback::proto::{Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
+use netback::frontend::{CtrlUse, KIND};
+use netback::negotiate::{Accepted, CtrlKeys, Multicast, Ports, QueueKeys, RxNotify};
+use netback::proto::{Ctrl, Rx, RxRequest, RxResponse, Tx, TxRequest, TxResponse};
 use perf::Handle;
 use rings::{FrontRing, Notify, PAGE_SIZE};
 
@@ -20,10 +21,16 @@ use crate::rig::LIMIT;
 /// Pages for packets, each way.
 pub(crate) const PAGES: usize = 64;
 
-/// See the module. Pages for packets to the guest are posted by the tests too.
+/// See the module. As a queue it is its first.
 pub(crate) struct Raw {
-    pub(crate) node: Node,
+    node: Node,
     store: Client,
+    pub(crate) queues: Vec<RawQueue>,
+    pub(crate) ctrl: Option<RawCtrl>,
+}
+
+/// Pages for packets to the guest are posted by the tests too.
+pub(crate) struct RawQueue {
     pub(crate) tx: FrontRing<Tx, Arc<dyn GrantedPages>>,
     pub(crate) rx: FrontRing<Rx, Arc<dyn GrantedPages>>,
     pub(crate) tx_pages: Arc<dyn GrantedPages>,
@@ -31,34 +38,101 @@ pub(crate) struct Raw {
     pub(crate) channel: Box<dyn EventChannel>,
 }
 
+/// A control ring.
+pub(crate) struct RawCtrl {
+    pub(crate) ring: FrontRing<Ctrl, Arc<dyn GrantedPages>>,
+    pub(crate) channel: Box<dyn EventChannel>,
+}
+
+impl Deref for Raw {
+    type Target = RawQueue;
+    fn deref(&self) -> &RawQueue {
+        &self.queues[0]
+    }
+}
+
+impl DerefMut for Raw {
+    fn deref_mut(&mut self) -> &mut RawQueue {
+        &mut self.queues[0]
+    }
+}
+
 impl Raw {
     pub(crate) fn connect(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
+        Raw::make(guest, devid, accepts, 1, CtrlUse::Never)
+    }
+    pub(crate) fn with_queues(guest: &Frontend, devid: u32, accepts: Accepts, count: u32) -> Raw {
+        Raw::make(guest, devid, accepts, count, CtrlUse::Never)
+    }
+    pub(crate) fn with_ctrl(guest: &Frontend, devid: u32, accepts: Accepts) -> Raw {
+        Raw::make(guest, devid, accepts, 1, CtrlUse::Offered)
+    }
+
+    fn make(guest: &Frontend, devid: u32, accepts: Accepts, count: u32, ctrl_use: CtrlUse) -> Raw {
         let store = guest.store().unwrap();
         let node = Node::find(&store, KIND, devid).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::InitWait).unwrap();
-        let grant = |pages| guest.grant(node.backend, pages, Access::ReadWrite).unwrap();
-        let (tx_ring, rx_ring) = (grant(1), grant(1));
-        let channel = guest.alloc_unbound(node.backend).unwrap();
-        let queue = QueueKeys {
-            tx_refs: tx_ring.refs().to_vec(),
-            rx_refs: rx_ring.refs().to_vec(),
-            ports: Ports::Shared(channel.port()),
-        };
+        let (queues, keys) = (0..count).map(|_| RawQueue::make(guest, node.backend)).unzip();
+        let ctrl = (ctrl_use == CtrlUse::Offered).then(|| RawCtrl::make(guest, node.backend));
+        let (ctrl_keys, ctrl) = ctrl.unzip();
         let accepted = Accepted {
             accepts,
             rx_notify: RxNotify::Yes,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
-            ctrl: None,
-            queues: vec![queue],
+            ctrl: ctrl_keys,
+            queues: keys,
         };
-        let tx = FrontRing::init(tx_ring, Handle::default()).unwrap();
-        let rx = FrontRing::init(rx_ring, Handle::default()).unwrap();
         let (keys, choice) = (accepted.front_keys(), Accepted::is_choice);
         node.choose(&store, &keys, choice, State::Connected).unwrap();
         node.wait_backend(&store, LIMIT, |s| s == State::Connected).unwrap();
-        let (tx_pages, rx_pages) = (grant(PAGES), grant(PAGES));
-        Raw { node, store, tx, rx, tx_pages, rx_pages, channel }
+        Raw { node, store, queues, ctrl }
+    }
+
+    /// Writes a key of the frontend's directory.
+    pub(crate) fn set_key(&self, key: &str, value: &str) {
+        self.node.set_front_key(&self.store, key, value).unwrap();
+    }
+    /// Writes the frontend's state.
+    pub(crate) fn set_state(&self, state: u32) {
+        self.set_key("state", &state.to_string());
+    }
+    pub(crate) fn backend_state(&self) -> State {
+        self.node.backend_state(&self.store).unwrap()
+    }
+    /// The backend has given up this device.
+    pub(crate) fn assert_ended(&self) {
+        let gone = |s| matches!(s, State::Closing | State::Closed | State::Unknown);
+        self.node.wait_backend(&self.store, LIMIT, gone).unwrap();
+    }
+    pub(crate) fn close(self) {
+        self.node.close(&self.store, LIMIT).unwrap();
+    }
+}
+
+impl RawCtrl {
+    fn make(guest: &Frontend, backend: DomId) -> (CtrlKeys, RawCtrl) {
+        let memory = guest.grant(backend, 1, Access::ReadWrite).unwrap();
+        let channel = guest.alloc_unbound(backend).unwrap();
+        let keys = CtrlKeys { ring_ref: memory.refs()[0], port: channel.port() };
+        let ring = FrontRing::init(memory, Handle::default()).unwrap();
+        (keys, RawCtrl { ring, channel })
+    }
+}
+
+impl RawQueue {
+    fn make(guest: &Frontend, backend: DomId) -> (RawQueue, QueueKeys) {
+        let grant = |pages| guest.grant(backend, pages, Access::ReadWrite).unwrap();
+        let (tx_ring, rx_ring) = (grant(1), grant(1));
+        let channel = guest.alloc_unbound(backend).unwrap();
+        let keys = QueueKeys {
+            tx_refs: tx_ring.refs().to_vec(),
+            rx_refs: rx_ring.refs().to_vec(),
+            ports: Ports::Shared(channel.port()),
+        };
+        let tx = FrontRing::init(tx_ring, Handle::default()).unwrap();
+        let rx = FrontRing::init(rx_ring, Handle::default()).unwrap();
+        (RawQueue { tx, rx, tx_pages: grant(PAGES), rx_pages: grant(PAGES), channel }, keys)
     }
 
     /// Writes slots and tells of them.
@@ -121,16 +195,5 @@ impl Raw {
     pub(crate) fn is_quiet(&mut self) -> bool {
         std::thread::sleep(Duration::from_millis(50));
         self.tx.take().unwrap().is_none() && self.rx.take().unwrap().is_none()
-    }
-    pub(crate) fn backend_state(&self) -> State {
-        self.node.backend_state(&self.store).unwrap()
-    }
-    /// The backend has given up this device, for `reason`.
-    pub(crate) fn assert_ended(&self) {
-        let gone = |s| matches!(s, State::Closing | State::Closed | State::Unknown);
-        self.node.wait_backend(&self.store, LIMIT, gone).unwrap();
-    }
-    pub(crate) fn close(self) {
-        self.node.close(&self.store, LIMIT).unwrap();
     }
 }

@@ -10,14 +10,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
-use hypervisor::Hypervisor;
 use hypervisor::core::domains::Kind;
 use hypervisor::embedded::{Backend, Frontend, HYPERVISOR_SOCKET, Link, Toolstack, serve};
+use hypervisor::store::Tx;
 use hypervisor::xenbus::toolstack::{self, Detached, Device, Force};
-use hypervisor::xenbus::{self, DeviceId, Key, Nodesets, Options, Scope};
+use hypervisor::xenbus::{self, DeviceId, Key, Nodesets, Options, Scope, State};
+use hypervisor::{Guest, Hypervisor};
 use netback::{
     Config, EndpointQueue, Frame, FrontOptions, FrontQueue, NetBackend, NetFront, Open, Pool,
 };
+use perf::snapshot::Number;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
@@ -33,10 +35,15 @@ pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
+/// How a backend sees the hypervisor.
+type Seen = dyn Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + Send + Sync;
+
 pub(crate) struct Rig {
     dir: tempfile::TempDir,
     hypervisor: Option<(OwnedFd, JoinHandle<()>)>,
     backend: Option<(Sender<()>, JoinHandle<()>)>,
+    open: Arc<Open>,
+    seen: Box<Seen>,
     pub(crate) toolstack: Toolstack,
     pub(crate) domid: u16,
     pub(crate) guest: Option<Arc<Frontend>>,
@@ -49,7 +56,12 @@ impl Rig {
     }
     /// The same with a backend that opens what vifs connect to by `open`, and sees the hypervisor
     /// through `seen`.
-    pub(crate) fn with(open: Arc<Open>, seen: Seen, kind: &str, keys: &[(&str, &str)]) -> Rig {
+    pub(crate) fn with(
+        open: Arc<Open>,
+        seen: impl Fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> + Send + Sync + 'static,
+        kind: &str,
+        keys: &[(&str, &str)],
+    ) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         let (stop, hold) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -64,8 +76,10 @@ impl Rig {
         let domid = toolstack.create_domain(None, Kind::Guest, "guest").unwrap();
         let link = Link::new(toolstack.connect_domain(domid).unwrap()).unwrap();
         let guest = Some(Arc::new(Frontend::new(link)));
-        let backend = Some(serve_vifs(&socket, &run, open, seen));
-        let rig = Rig { dir, hypervisor: Some((hold, thread)), backend, toolstack, domid, guest };
+        let seen: Box<Seen> = Box::new(seen);
+        let backend = Some(serve_vifs(seen(connect(&run)), &run, open.clone()));
+        let hypervisor = Some((hold, thread));
+        let rig = Rig { dir, hypervisor, backend, open, seen, toolstack, domid, guest };
         rig.attach(DEVID, kind, keys);
         rig
     }
@@ -93,52 +107,90 @@ impl Rig {
         let store = self.toolstack.store().unwrap();
         toolstack::detach(&store, &self.id(DEVID), 0, LIMIT, Force::No).unwrap()
     }
+    /// Ends the backend and starts another one, which goes on with the same rings.
+    pub(crate) fn restart(&mut self) {
+        if let Some((stop, thread)) = self.backend.take() {
+            drop(stop);
+            thread.join().unwrap();
+        }
+        let run = self.dir.path().join("run");
+        let hypervisor = (self.seen)(connect(&run));
+        self.backend = Some(serve_vifs(hypervisor, &run, self.open.clone()));
+    }
+    /// Removes what a backend leaves for its successor.
+    pub(crate) fn lose_what_is_left(&self) {
+        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.inflight", self.domid));
+        std::fs::remove_file(path).unwrap();
+    }
     pub(crate) fn guest(&self) -> Arc<Frontend> {
         self.guest.clone().unwrap()
     }
     pub(crate) fn connect(&self, options: &FrontOptions) -> NetFront {
         NetFront::connect(&*self.guest(), DEVID, options).unwrap()
     }
-    /// The backend's counters that are not 0, for an error's text.
-    pub(crate) fn counters(&self, devid: u32) -> String {
+    /// Takes a vif away against the guest's will, as `xl destroy` does.
+    pub(crate) fn remove(&self, devid: u32) {
+        let (store, patience) = (self.toolstack.store().unwrap(), Duration::from_millis(50));
+        toolstack::detach(&store, &self.id(devid), 0, patience, Force::Yes).unwrap();
+    }
+    /// The backend's counters: of each block its name, and each one's name and value.
+    pub(crate) fn stats(&self, devid: u32) -> Vec<(String, Vec<(String, u64)>)> {
         let path = self.dir.path().join(format!("run/{}/vif-{devid}.stats", self.domid));
-        let Ok(mut reader) = perf::page::Reader::open(&path) else { return String::new() };
-        let snapshot = reader.snapshot().unwrap();
-        let json = serde_json::to_value(&snapshot).unwrap();
-        let mut text = String::new();
-        for block in json["blocks"].as_array().unwrap() {
-            for value in block["values"].as_array().unwrap() {
-                if value["value"].as_u64().is_some_and(|n| n > 0) {
-                    text += &format!("{}.{}={} ", block["name"], value["name"], value["value"]);
-                }
+        let Ok(mut reader) = perf::page::Reader::open(&path) else { return Vec::new() };
+        let value = |v: perf::snapshot::Value| match v.number {
+            Number::Value { value } => Some((v.name, value)),
+            Number::Distribution(_) => None,
+        };
+        let blocks = reader.snapshot().unwrap().blocks.into_iter();
+        blocks.map(|b| (b.name, b.values.into_iter().filter_map(value).collect())).collect()
+    }
+    /// One of them, of all queues together.
+    pub(crate) fn counter(&self, devid: u32, name: &str) -> u64 {
+        let blocks = self.stats(devid).into_iter();
+        blocks.flat_map(|(_, values)| values).filter(|(n, _)| n == name).map(|(_, v)| v).sum()
+    }
+    /// Those that are not 0, for an error's text; a vif that a fault has ended has none.
+    pub(crate) fn counters(&self, devid: u32) -> String {
+        let mut text = self.error(devid).unwrap_or_default();
+        for (block, values) in self.stats(devid) {
+            for (name, value) in values.into_iter().filter(|(_, value)| *value > 0) {
+                text += &format!("{block}.{name}={value} ");
             }
         }
         text
     }
-    /// A counter of the backend's, of all queues together.
-    pub(crate) fn counter(&self, name: &str) -> u64 {
-        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.stats", self.domid));
-        let snapshot = perf::page::Reader::open(&path).unwrap().snapshot().unwrap();
-        let json = serde_json::to_value(&snapshot).unwrap();
-        let blocks = json["blocks"].as_array().unwrap().iter();
-        let values = blocks.flat_map(|block| block["values"].as_array().unwrap());
-        let named = values.filter(|value| value["name"] == name);
-        named.map(|value| value["value"].as_u64().unwrap()).sum()
+    /// What the backend has told the guest's administrator.
+    pub(crate) fn error(&self, devid: u32) -> Option<String> {
+        let path = format!("/local/domain/0/error/backend/{}/error", self.id(devid));
+        self.toolstack.store().unwrap().get(&path).unwrap()
+    }
+    /// A frontend that has closed wants to connect again.
+    pub(crate) fn begin_anew(&self, devid: u32) {
+        let path = format!("device/vif/{devid}/state");
+        let state = State::Initialising.to_string();
+        self.guest().store().unwrap().write(Tx::NONE, &path, &state).unwrap();
+    }
+    /// The control socket of a vif.
+    pub(crate) fn socket(&self, devid: u32) -> std::path::PathBuf {
+        self.dir.path().join(format!("run/{}/vif-{devid}.sock", self.domid))
     }
     /// Asks the vif over its control socket.
     pub(crate) fn ask(&self, request: &Value) -> Value {
-        let path = self.dir.path().join(format!("run/{}/vif-{DEVID}.sock", self.domid));
-        let mut stream = UnixStream::connect(path).unwrap();
+        let stream = UnixStream::connect(self.socket(DEVID)).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
-        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        (&stream).write_all(format!("{request}\n").as_bytes()).unwrap();
         let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).unwrap();
+        BufReader::new(&stream).read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
+    }
+    /// Asks for a new value of a knob of the running vif; why it was refused.
+    pub(crate) fn try_set(&self, knob: &str, value: &str) -> Result<(), String> {
+        let answer = self.ask(&json!({"command": "set", "knob": knob, "value": value}));
+        answer.get("error").map_or(Ok(()), |error| Err(error.to_string()))
     }
     /// Changes a knob of the running vif.
     pub(crate) fn set(&self, knob: &str, value: &str) {
-        let answer = self.ask(&json!({"command": "set", "knob": knob, "value": value}));
-        assert_eq!(answer["error"], Value::Null, "{knob}={value}");
+        assert_eq!(self.try_set(knob, value), Ok(()), "{knob}={value}");
     }
     /// A key of the backend's directory.
     pub(crate) fn back_key(&self, key: &str) -> Option<String> {
@@ -147,16 +199,16 @@ impl Rig {
     }
 }
 
-/// What a backend sees of a hypervisor.
-pub(crate) type Seen = fn(Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor>;
+/// A backend's connection to the hypervisor.
+fn connect(run: &Path) -> Arc<dyn Hypervisor> {
+    Arc::new(Backend::connect(&run.join(HYPERVISOR_SOCKET)).unwrap())
+}
 
 fn serve_vifs(
-    socket: &Path,
+    hypervisor: Arc<dyn Hypervisor>,
     run: &Path,
     open: Arc<Open>,
-    seen: Seen,
 ) -> (Sender<()>, JoinHandle<()>) {
-    let hypervisor = seen(Arc::new(Backend::connect(socket).unwrap()));
     let run_dir = run.to_owned();
     let config = Config { max_queues: 4, ..Config::default() };
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use netback::FrontOptions;
 use netback::frame::{Checksum, Gso, GsoKind};
 
-use crate::rig::{Driver, LIMIT, Rig, until};
+use crate::rig::{DEVID, Driver, LIMIT, Rig, until};
 use crate::{is_summed, opaque, tcp_packet};
 
 /// The next frame behind its length.
@@ -54,12 +54,12 @@ fn a_stream_is_one_queue_and_leaves_nothing_to_its_peer() {
         assert!(payload == bytes[start + 20..], "the payload has changed");
     }
     // Without a peer what the guest sends goes nowhere, and the guest goes on.
-    let before = rig.counter("tx_dropped_host");
+    let before = rig.counter(DEVID, "tx_dropped_host");
     until("it is dropped", || {
         let frame = driver.frame(&opaque(1, 60));
         driver.sent.push_back(frame);
         driver.turn();
-        rig.counter("tx_dropped_host") > before
+        rig.counter(DEVID, "tx_dropped_host") > before
     });
     drop(driver);
     front.close().unwrap();
@@ -68,9 +68,7 @@ fn a_stream_is_one_queue_and_leaves_nothing_to_its_peer() {
 #[test]
 fn an_address_that_is_none_is_refused() {
     let rig = Rig::start("stream:relative/path", &[]);
-    let path = format!("/local/domain/0/error/backend/{}/error", rig.id(0));
     until("the reason is told", || {
-        let told = rig.toolstack.store().unwrap().get(&path).unwrap();
-        told.is_some_and(|text| text.contains("relative/path"))
+        rig.error(DEVID).is_some_and(|text| text.contains("relative/path"))
     });
 }

@@ -15,7 +15,7 @@ use netback::{Endpoint, EndpointQueue, FrontOptions, FrontQueue, NetFront, Pool}
 use smoltcp::socket::{icmp, tcp};
 use smoltcp::wire::{EthernetAddress, Icmpv4Packet, Icmpv4Repr, IpCidr, Ipv4Address};
 
-use crate::rig::{Driver, LIMIT, Rig, until};
+use crate::rig::{DEVID, Driver, LIMIT, Rig, until};
 use crate::{ALL, tcp_packet};
 
 const INSIDE: &str = "RINGBACK_TEST_NAMESPACE";
@@ -145,7 +145,7 @@ fn the_hosts_own_stack_over_a_packet_socket() {
         });
         // Unsegmented and with blank checksums, both ways.
         for name in ["tx_gso", "rx_gso", "tx_csum_blank", "rx_csum_blank"] {
-            assert!(rig.counter(name) > 0, "{name}: {}", rig.counters(0));
+            assert!(rig.counter(DEVID, name) > 0, "{name}: {}", rig.counters(DEVID));
         }
         drop(host);
         front.close().unwrap();
@@ -222,7 +222,7 @@ fn on_the_wire_there_is_the_vlans_tag_whatever_the_kernel_does_with_it() {
     assert_eq!(came[..18], tag(&bytes, 7)[..18]);
     assert!(came[start + 24..] == bytes[start + 20..], "the payload has changed");
     // And back: first what is not of this VLAN.
-    let dropped = rig.counter("rx_dropped_vlan");
+    let dropped = rig.counter(DEVID, "rx_dropped_vlan");
     peer.send(&tag(&bytes[..60], 8), Offload::default());
     peer.send(&came, offload);
     driver.until_got(1);
@@ -232,8 +232,11 @@ fn on_the_wire_there_is_the_vlans_tag_whatever_the_kernel_does_with_it() {
         (bytes.len(), Offload { checksum: blank(start), gso })
     );
     assert!(frame[start + 20..] == bytes[start + 20..], "the payload has changed");
-    assert!(rig.counter("rx_dropped_vlan") > dropped);
-    assert_eq!((rig.counter("tx_dropped_spoofed"), rig.counter("tx_dropped_vlan")), (0, 0));
+    assert!(rig.counter(DEVID, "rx_dropped_vlan") > dropped);
+    assert_eq!(
+        (rig.counter(DEVID, "tx_dropped_spoofed"), rig.counter(DEVID, "tx_dropped_vlan")),
+        (0, 0)
+    );
     driver.pool.give(frame);
     drop(driver);
     front.close().unwrap();

@@ -105,12 +105,17 @@ impl Processes {
         let domid = toolstack.create_domain(None, Kind::Guest, name)?;
         Ok((domid, toolstack.connect_domain(domid)?))
     }
-    /// Starts the backend of a domain's disks, which may open backing files in these folders. Nobody
-    /// is there to make room on a full file system and resume the disk: that is an error here.
-    pub fn start_blk(&mut self, domid: u16, folders: impl Iterator<Item = PathBuf>) -> Result<()> {
-        let report = ["--set", "on_enospc=report"].map(OsString::from);
+    /// Starts the backend of a domain's disks, which may open backing files in these folders, with
+    /// these knobs.
+    pub fn start_blk(
+        &mut self,
+        domid: u16,
+        folders: impl Iterator<Item = PathBuf>,
+        knobs: &[&str],
+    ) -> Result<()> {
         let folders = folders.flat_map(|f| ["--allow-backing".into(), f.into_os_string()]);
-        self.start_backend("block backend", "blk", domid, report.into_iter().chain(folders))
+        let knobs = knobs.iter().flat_map(|k| ["--set".into(), OsString::from(k)]);
+        self.start_backend("block backend", "blk", domid, folders.chain(knobs))
     }
     /// Starts the backend of a domain's vifs.
     pub fn start_net(&mut self, domid: u16) -> Result<()> {

@@ -20,7 +20,7 @@ impl<A: Abi> Worker<A> {
         }
         self.give_up();
         self.publish()?;
-        if self.shared.flushing() { self.flush() } else { Ok(()) }
+        if self.told.flushing() { self.flush() } else { Ok(()) }
     }
 
     /// Leaves what was answered safe on the disk.

@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, SocketType, socket};
 
 use super::super::Accepts;
 use super::HEADER;
+use crate::config::Carrier;
 
 const TUNSETIFF: Opcode = 0x4004_54ca;
 const TUNSETPERSIST: Opcode = 0x4004_54cb;
@@ -50,13 +51,6 @@ pub enum Persistence {
     Stays,
     /// It does not.
     Goes,
-}
-
-/// Whether the other side sees a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Carrier {
-    Up,
-    Down,
 }
 
 /// An ioctl with a pointer.

@@ -45,13 +45,17 @@ fn tap() -> (Tap, Pool) {
 
 /// The kernel notes a new link a moment later, and drops what it is to send until then.
 fn wait_for_link() {
+    wait_until("state UP");
+}
+
+fn wait_until(shown: &str) {
     let until = Instant::now() + Duration::from_secs(5);
     loop {
         let link = Command::new("ip").args(["link", "show", "vif1.0"]).output().unwrap();
-        if String::from_utf8_lossy(&link.stdout).contains("state UP") {
+        if String::from_utf8_lossy(&link.stdout).contains(shown) {
             return;
         }
-        assert!(Instant::now() < until, "no link");
+        assert!(Instant::now() < until, "not {shown}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -70,6 +74,20 @@ fn next(queue: &mut dyn EndpointQueue, pool: &mut Pool) -> Frame {
         }
         assert!(Instant::now() < until, "no frame");
     }
+}
+
+#[test]
+fn a_link_that_is_taken_down_is_seen_by_the_host() {
+    if !in_namespace("endpoint::tap::tests::a_link_that_is_taken_down_is_seen_by_the_host") {
+        return;
+    }
+    let (tap, _) = tap();
+    tap.connect(1, ACCEPTS).unwrap();
+    wait_for_link();
+    tap.link(Carrier::Down).unwrap();
+    wait_until("NO-CARRIER");
+    tap.link(Carrier::Up).unwrap();
+    wait_for_link();
 }
 
 #[test]

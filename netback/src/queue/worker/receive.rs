@@ -6,6 +6,7 @@ use hypervisor::xenbus::Fault;
 use rings::Notify;
 
 use super::{BATCH, Worker};
+use crate::config::Carrier;
 use crate::frame::{Checksum, Frame};
 use crate::offload::pass;
 
@@ -36,30 +37,69 @@ impl Worker {
         }
         let room = BATCH.min(self.pool.free());
         let mut arrived = std::mem::take(&mut self.run.arrived);
+        // What another queue has found to be for this one.
+        if let Some(inbox) = self.inboxes.get(self.number) {
+            inbox.take(&mut arrived, room, &mut self.pool);
+        }
+        let chosen = arrived.len();
         self.endpoint
-            .receive(&mut arrived, room, &mut self.pool)
+            .receive(&mut arrived, room - chosen, &mut self.pool)
             .map_err(|e| self.failed("receiving", &e))?;
         let any = !arrived.is_empty();
-        for frame in arrived.drain(..) {
-            self.accept(frame);
+        for (number, frame) in arrived.drain(..).enumerate() {
+            if number < chosen { self.accept(frame) } else { self.admit(frame) }
         }
         self.run.arrived = arrived;
         Ok(any)
     }
 
-    fn accept(&mut self, mut frame: Frame) {
+    /// Passes a frame on that the guest may have and wants, to the queue where it wants it.
+    fn admit(&mut self, mut frame: Frame) {
+        let wishes = &self.seen.wishes;
+        if wishes.carrier == Carrier::Down {
+            self.counters.rx_dropped_link.add(1);
+            return self.pool.give(frame);
+        }
+        // The guest's own list and hash are of frames as it sees them: without the tag.
         if !self.filter.to_guest(&mut frame) {
             self.counters.rx_dropped_vlan.add(1);
             return self.pool.give(frame);
         }
+        if !wishes.wants(&frame) {
+            self.counters.rx_filtered.add(1);
+            return self.pool.give(frame);
+        }
+        frame.hash = None;
+        if wishes.spread.is_on() {
+            frame.hash = wishes.spread.hash(&frame);
+            let queue = wishes.spread.queue(frame.hash, self.inboxes.len());
+            if queue != self.number
+                && let Some(inbox) = self.inboxes.get(queue)
+            {
+                let counter = if inbox.put(&frame) {
+                    &self.counters.rx_steered
+                } else {
+                    &self.counters.rx_dropped_steered
+                };
+                counter.add(1);
+                return self.pool.give(frame);
+            }
+        }
+        self.accept(frame);
+    }
+
+    fn accept(&mut self, frame: Frame) {
+        let (hash, from) = (frame.hash, self.run.to_guest.len());
         if !pass(frame, &self.leaves_guest, &mut self.pool, &mut self.run.to_guest) {
             self.counters.rx_dropped_offload.add(1);
         }
+        // The pieces of a packet that was cut are of the same flow.
+        self.run.to_guest.range_mut(from..).for_each(|frame| frame.hash = hash);
     }
 
     /// Whether the guest takes a frame that long at all.
     fn fits(&self, frame: &Frame) -> bool {
-        let data = self.shape.slots(frame.len(), None) - usize::from(self.shape.headroom > 0);
+        let data = self.shape().data_slots(frame.len());
         frame.len() <= usize::from(u16::MAX) && (self.accepts.scatter || data == 1)
     }
 
@@ -75,7 +115,7 @@ impl Worker {
                 self.give_front();
                 continue;
             }
-            let slots = self.shape.slots(frame.len(), frame.offload.gso);
+            let slots = self.shape().slots(frame.len(), frame.offload.gso, frame.hash);
             // A ring's worth of pages is never too few for a packet.
             if slots > self.run.pages.len() || sent == BATCH {
                 break;
@@ -99,6 +139,7 @@ impl Worker {
 
     /// Lays a frame out over the next pages.
     fn spread(&mut self, frame: &Frame, slots: usize) {
+        let shape = self.shape();
         let run = &mut self.run;
         let answered = &mut run.answered;
         let pages = run.pages.drain(..slots).map(|(slot, page)| {
@@ -106,7 +147,8 @@ impl Worker {
             page
         });
         let place = (frame.at(), frame.len());
-        run.laid_out.push(self.shape, place, &frame.offload, pages, &mut run.ops);
+        let about = (&frame.offload, frame.hash);
+        run.laid_out.push(shape, place, about, pages, &mut run.ops);
         self.count_received(frame, slots);
     }
 

@@ -6,6 +6,7 @@ use hypervisor::xenbus::Fault;
 use rings::Notify;
 
 use super::{BATCH, Worker};
+use crate::config::Carrier;
 use crate::filter::Refused;
 use crate::frame::{Frame, HEADROOM, MAX_FRAME};
 use crate::offload::{Impossible, claimed, pass};
@@ -31,8 +32,8 @@ impl Worker {
     /// Hands frames to the endpoint, or holds them; whether there was any that could be.
     fn hand_on(&mut self) -> Result<bool, Fault> {
         // Whoever has the lock knows that nothing is being sent.
-        let shared = self.shared.clone();
-        let mut held = shared.hold.lock();
+        let hold = self.hold.clone();
+        let mut held = hold.lock();
         if held.is_open() {
             self.run.offered.append(&mut self.run.to_host);
             return self.offer();
@@ -58,6 +59,12 @@ impl Worker {
         let before = self.run.offered.len();
         if before == 0 {
             return Ok(false);
+        }
+        if self.seen.wishes.carrier == Carrier::Down {
+            // What was taken before the link went, or held.
+            self.counters.tx_dropped_link.add(before as u64);
+            self.run.offered.drain(..).for_each(|frame| self.pool.give(frame));
+            return Ok(true);
         }
         self.endpoint
             .send(&mut self.run.offered, &mut self.pool)
@@ -91,6 +98,12 @@ impl Worker {
 
     /// A frame for the packet that is complete now, and the copies into it.
     fn place(&mut self) {
+        if self.seen.wishes.carrier == Carrier::Down
+            && let Some(packet) = self.run.packets.packets_mut().last_mut()
+            && packet.verdict == Verdict::Frame
+        {
+            packet.verdict = Verdict::Dropped(Dropped::Link);
+        }
         let Some(packet) = self.run.packets.packets().last() else { return };
         let from = self.run.ops.len();
         let frame = match packet.verdict {
@@ -121,12 +134,18 @@ impl Worker {
         }
         let mut slots = 0;
         for packet in packets.packets() {
-            for answer in packets.answers(packet, false) {
+            let accepted = match packet.verdict {
+                Verdict::Multicast(group) => self.live.change(|wishes| wishes.change(group)),
+                Verdict::Frame | Verdict::Dropped(_) => false,
+            };
+            for answer in packets.answers(packet, accepted) {
                 let Some(slot) = self.run.taken.pop_front() else { break };
                 self.tx.respond(slot, &answer);
                 slots += 1;
             }
         }
+        // Frames that these packets call forth are judged by the list as it is now.
+        self.live.refresh(&mut self.seen);
         self.counters.tx_slots.add(slots);
         packets.clear();
         self.run.packets = packets;
@@ -149,7 +168,7 @@ impl Worker {
             return self.pool.give(frame);
         }
         match claimed(&mut frame, packet.claim, packet.gso) {
-            Ok(offload) => frame.offload = offload,
+            Ok(offload) => (frame.offload, frame.hash) = (offload, packet.hash),
             Err(Impossible) => {
                 packet.verdict = Verdict::Dropped(Dropped::Offload);
                 return self.pool.give(frame);
@@ -176,6 +195,7 @@ impl Worker {
             Verdict::Multicast(_) => {}
             Verdict::Dropped(Dropped::Copy) => c.tx_dropped_copy.add(1),
             Verdict::Dropped(Dropped::Offload) => c.tx_dropped_offload.add(1),
+            Verdict::Dropped(Dropped::Link) => c.tx_dropped_link.add(1),
             Verdict::Dropped(Dropped::Filter(Refused::Spoofed)) => c.tx_dropped_spoofed.add(1),
             Verdict::Dropped(Dropped::Filter(Refused::Vlan)) => c.tx_dropped_vlan.add(1),
             Verdict::Dropped(Dropped::Slots | Dropped::Size | Dropped::Short) => {
