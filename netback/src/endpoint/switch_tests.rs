@@ -1,6 +1,8 @@
 use super::*;
 use crate::frame::Checksum;
+use crate::hash::Hash;
 use crate::mailbox::FRAMES;
+use crate::proto::Extra;
 
 struct End {
     queue: Box<dyn EndpointQueue>,
@@ -119,4 +121,29 @@ fn guests_in_threads_of_their_own_lose_nothing_that_there_is_room_for() {
         got += b.got().len() as u64;
     }
     assert_eq!(got + sender.join().expect("no panic"), 20_000);
+}
+
+#[test]
+fn a_hash_that_came_with_a_frame_chooses_the_receivers_queue() {
+    let switch = Switch::new();
+    let (_port, mut a) = end(&switch, 1);
+    let receiver = switch.port(1500);
+    receiver.connect(4, Accepts::default()).expect("a port");
+    let mut queues: Vec<_> = (0..4).map(|n| receiver.queue(n).expect("a queue")).collect();
+    let mut pool = Pool::private(16);
+    for value in [0, 1, 2, 3, 7, u32::MAX - 1] {
+        let mut frame = a.pool.take().expect("a frame");
+        frame.set_len(60);
+        frame.fill(0xff);
+        frame.hash = Hash::of_extra(&Extra::Hash { kind: 0, algorithm: 1, value });
+        let hash = frame.hash;
+        a.queue.send(&mut VecDeque::from([frame]), &mut a.pool).expect("sent");
+        for (number, queue) in queues.iter_mut().enumerate() {
+            let mut frames = VecDeque::new();
+            queue.receive(&mut frames, 10, &mut pool).expect("received");
+            assert_eq!(frames.len(), usize::from(value as usize % 4 == number), "{value}");
+            assert!(frames.iter().all(|frame| frame.hash == hash && hash.is_some()));
+            frames.drain(..).for_each(|frame| pool.give(frame));
+        }
+    }
 }

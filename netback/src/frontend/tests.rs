@@ -11,6 +11,7 @@ use rings::{BackRing, PAGE_SIZE, Slot, Table};
 use super::transmit::Pushed;
 use super::*;
 use crate::frame::{Checksum, Frame, Gso, GsoKind, Pool};
+use crate::hash::Hash;
 use crate::proto::{
     Extra, ExtraInfo, MAX_TX_SIZE, RSP_DROPPED, RSP_ERROR, RSP_NULL, RSP_OKAY, RX_CSUM_BLANK,
     RX_DATA_VALIDATED, RX_EXTRA_INFO, RX_MORE_DATA, Rx, RxRequest, RxResponse, TX_CSUM_BLANK,
@@ -152,6 +153,33 @@ fn an_unsegmented_packet_says_so_behind_its_first_slot() {
 }
 
 #[test]
+fn a_hash_is_told_to_who_takes_it_behind_what_else_there_is() {
+    let said = Extra::Hash { kind: 1, algorithm: 1, value: 0x8765_4321 };
+    let gso = Gso { kind: GsoKind::TcpV4, size: 1448 };
+    for (with_gso, takes) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut sent = sender(8, ALL);
+        sent.front.takes_hash = takes;
+        let mut frame = sent.frame(5000);
+        frame.hash = Hash::of_extra(&said);
+        frame.offload.gso = with_gso.then_some(gso);
+        assert_eq!(sent.push(&frame), Pushed::Yes);
+        let slots: Vec<TxRequest> = sent.take().iter().map(|(_, req)| *req).collect();
+        let wanted: Vec<Extra> = [with_gso.then_some(Extra::Gso(gso)), takes.then_some(said)]
+            .into_iter()
+            .flatten()
+            .collect();
+        assert_eq!(slots[0].has(TX_EXTRA_INFO), !wanted.is_empty());
+        let infos: Vec<ExtraInfo> =
+            slots[1..=wanted.len()].iter().map(TxRequest::as_extra).collect();
+        assert_eq!(infos.iter().map(|i| i.parse().unwrap()).collect::<Vec<_>>(), wanted);
+        assert!(infos.iter().rev().skip(1).all(ExtraInfo::more));
+        assert!(infos.last().is_none_or(|last| !last.more()));
+        assert!(sent.bytes(&[slots[0], slots[wanted.len() + 1]]) == frame[..]);
+        assert_eq!(slots.len(), wanted.len() + 2);
+    }
+}
+
+#[test]
 fn what_the_backend_takes_not_is_not_sent() {
     let mut sent = sender(32, Accepts::default());
     let long = sent.frame(4097);
@@ -278,6 +306,7 @@ fn slots_become_a_frame_also_when_they_come_one_by_one() {
     assert!(long[..50] == bytes[..50] && long[52..] == bytes[52..] && short[..] == [9; 60]);
     assert_eq!(long.offload.checksum, Checksum::Blank { start: 34, offset: 16 });
     assert_eq!((long.offload.gso, short.offload.checksum), (Some(gso), Checksum::Valid));
+    assert_eq!((long.hash.map(|hash| hash.value), short.hash), (Some(0x1234_5678), None));
     assert_eq!((received.front.hash, received.totals.rx_frames), (Some(0x1234_5678), 2));
 }
 

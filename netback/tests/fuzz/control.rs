@@ -84,10 +84,12 @@ fn judge(input: &[u8], done: &mut [u32; 8]) {
         let offset = s.pick(&[0, 0, 0, small / 4, 128, noise, u32::MAX, len.wrapping_neg()]);
         let data = [first, len, offset];
         let mut page = bytes(noise.into(), 512);
-        if s.byte() & 7 != 0 {
-            // Queues that are there.
+        let style = s.byte() & 15;
+        if style != 0 {
+            // Queues that are there, and rarely the first one that is not.
+            let end = queues + u32::from(style < 4);
             page.chunks_mut(4).for_each(|entry| {
-                let queue = u32::from(entry[0]) % queues;
+                let queue = u32::from(entry[0]) % end;
                 entry.copy_from_slice(&queue.to_le_bytes());
             });
         }
