@@ -76,6 +76,14 @@ struct Rig {
     _hypervisor: Running,
 }
 
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the backends' log:\n{}", self.log());
+        }
+    }
+}
+
 impl Rig {
     fn start() -> Rig {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");

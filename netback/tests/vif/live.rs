@@ -376,7 +376,7 @@ fn an_operator_takes_the_link_down_and_up_again() {
     let front = rig.connect(&FrontOptions::default());
     let mut driver = Driver::new(front.queue(0).unwrap(), 64);
     assert!(front.carrier());
-    assert!(rig.try_set("carrier", "sideways").unwrap_err().contains("up, down"));
+    assert!(rig.try_set("carrier", "sideways").unwrap_err().contains("up or down"));
     rig.set("carrier", "down");
     assert!(!front.carrier());
     let frame = driver.frame(&opaque(1, 60));
