@@ -271,7 +271,7 @@ impl NetDevice {
                 rx_table,
                 past: &tables.past,
                 accepts: accepted.accepts,
-                leaves_host: endpoint.abilities().into(),
+                leaves_host: config.offloads.left_to(endpoint.abilities()),
                 rx_notify: accepted.rx_notify,
                 limits: limits.clone(),
                 number,

@@ -2,9 +2,11 @@
 
 use hypervisor::xenbus::knobs::{Knob, Knobs, Reach, number, put};
 
+use crate::endpoint::Abilities;
 use crate::filter::guard::AntiSpoof;
 use crate::filter::vlan::MAX_VLAN;
 use crate::limit::Rate;
+use crate::offload::Leaves;
 
 /// Most queues that can be asked for.
 pub const MAX_QUEUES: u32 = 64;
@@ -31,6 +33,33 @@ impl Carrier {
     }
 }
 
+/// Who computes blank checksums and cuts unsegmented packets from the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offloads {
+    /// What the vif connects to, where it can.
+    Host,
+    /// This backend: for what reads the host's device without the words that say what is left to
+    /// do, as Open vSwitch's user-space datapath does.
+    Here,
+}
+
+impl Offloads {
+    fn parse(text: &str) -> Option<Offloads> {
+        match text {
+            "host" => Some(Offloads::Host),
+            "here" => Some(Offloads::Here),
+            _ => None,
+        }
+    }
+    /// What is left to a holder that can do so much.
+    pub(crate) fn left_to(self, holder: Abilities) -> Leaves {
+        match self {
+            Offloads::Host => holder.into(),
+            Offloads::Here => Leaves::default(),
+        }
+    }
+}
+
 /// How a network backend serves its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -47,6 +76,8 @@ pub struct Config {
     pub rate: Rate,
     /// The link.
     pub carrier: Carrier,
+    /// Who does what the guest has left to do.
+    pub offloads: Offloads,
     /// How closely the guest's addresses are watched.
     pub antispoof: AntiSpoof,
     /// The VLAN that the vif is in; 0 is none, and tags pass as they are.
@@ -63,6 +94,7 @@ impl Default for Config {
             rx_stall_s: 10,
             rate: Rate::default(),
             carrier: Carrier::Up,
+            offloads: Offloads::Host,
             antispoof: AntiSpoof::Off,
             vlan: 0,
         }
@@ -130,6 +162,16 @@ impl Knobs for Config {
             shows_in: "tx_packets, rx_packets",
             reach: Reach::Live,
             set: |c, v| put(&mut c.rate.packets, v.parse().ok()),
+        },
+        Knob {
+            name: "offloads",
+            unit: "",
+            default: "host",
+            range: "host or here",
+            help: "who computes checksums and cuts packets that the guest has left as they are; `here` for a host end that cannot, as Open vSwitch's user-space datapath",
+            shows_in: "tx_gso, tx_csum_blank",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.offloads, Offloads::parse(v)),
         },
         Knob {
             name: "carrier",
