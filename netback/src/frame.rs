@@ -15,10 +15,16 @@ use crate::hash::Hash;
 pub const HEADROOM: usize = 64;
 /// Longest frame: an unsegmented packet of 65535 bytes with its Ethernet header and a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 18;
-/// Distance of two frames' memory: whole cache lines, and no power of two, so that the headers of
-/// short frames do not all meet in the same lines of the cache.
-const STRIDE: usize = 65_856;
-const _: () = assert!(STRIDE >= HEADROOM + MAX_FRAME && STRIDE.is_multiple_of(64));
+/// Distance of two frames' memory: whole pages, an odd number of them, so that the headers of short
+/// frames do not all meet in the same lines of the second cache.
+///
+/// A frame begins with a page, and what is copied to a guest's page lies in one of ours: Linux's
+/// gntdev cuts each copy where a local page ends, and hands sixteen pieces to Xen at a time.
+const STRIDE: usize = 17 * rings::PAGE_SIZE;
+const _: () =
+    assert!(STRIDE >= HEADROOM + MAX_FRAME && !(STRIDE / rings::PAGE_SIZE).is_multiple_of(2));
+/// Where the memory of the first frame begins in the buffer.
+const FIRST: usize = rings::PAGE_SIZE - HEADROOM;
 
 /// What is known of a frame's TCP or UDP checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,12 +98,18 @@ impl Frame {
     }
     /// First byte as an offset in the pool's buffer, for grant copies.
     pub fn at(&self) -> usize {
-        self.slot * STRIDE + self.start
+        FIRST + self.slot * STRIDE + self.start
     }
     /// Makes the frame's length `len`; its bytes are what its memory held before. The length is cut
     /// to what there is room for.
     pub fn set_len(&mut self, len: usize) {
         self.len = len.min(STRIDE - self.start);
+    }
+    /// Leaves `bytes` more free before an empty frame, if `len` bytes fit behind them nonetheless.
+    pub fn begin_later(&mut self, bytes: usize, len: usize) {
+        if self.len == 0 && self.start + bytes + len <= STRIDE {
+            self.start += bytes;
+        }
     }
     /// Moves the start `bytes` forward: they become headroom. At most the frame's length.
     pub fn trim_front(&mut self, bytes: usize) {
@@ -116,7 +128,7 @@ impl Frame {
     /// Address of the first byte: for calls of the system that take addresses.
     pub fn address(&self) -> *mut u8 {
         // SAFETY: `at` is within the buffer: `slot` is below the pool's number of frames and
-        // `start` below the stride.
+        // `start` not above the stride.
         unsafe { self.arena.buffer.base().add(self.at()) }
     }
 }
@@ -147,7 +159,7 @@ pub struct Pool {
 impl Pool {
     /// Bytes of a buffer for `frames` frames. Memory that no frame has used yet is none.
     pub const fn bytes(frames: usize) -> usize {
-        (frames * STRIDE).next_multiple_of(rings::PAGE_SIZE)
+        (FIRST + frames * STRIDE).next_multiple_of(rings::PAGE_SIZE)
     }
 
     /// As many frames as `buffer` has room for.
@@ -162,7 +174,8 @@ impl Pool {
             hash: None,
         };
         // The one given back last is taken first: its memory is in the cache.
-        let free = (0..arena.buffer.len() / STRIDE).rev().map(frame).collect();
+        let frames = arena.buffer.len().saturating_sub(FIRST) / STRIDE;
+        let free = (0..frames).rev().map(frame).collect();
         Pool { arena, free }
     }
 
@@ -227,5 +240,34 @@ impl Pool {
         let (base, len) = (pages.base(), pages.len());
         // SAFETY: aligned memory that lives as long as its owner and that nobody else uses.
         Pool::new(unsafe { Buffer::new(base, len, 0, Box::new(pages)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_begin_with_a_page_and_none_leaves_its_memory() {
+        let mut pool = Pool::on_heap(3);
+        assert_eq!(pool.free(), 3);
+        let mut ends = Vec::new();
+        while let Some(mut frame) = pool.take() {
+            assert!(frame.at().is_multiple_of(rings::PAGE_SIZE));
+            frame.set_len(usize::MAX);
+            assert!(frame.len() >= MAX_FRAME);
+            let end = frame.at() + frame.len();
+            frame.set_len(0);
+            frame.begin_later(3000, 60);
+            assert_eq!(frame.at() % rings::PAGE_SIZE, 3000);
+            // Where that leaves too little room, it stays where it is.
+            frame.begin_later(4000, MAX_FRAME);
+            assert_eq!(frame.at() % rings::PAGE_SIZE, 3000);
+            assert!(frame.grow_front(3000 + HEADROOM) && !frame.grow_front(1));
+            ends.push((frame.at(), end));
+        }
+        ends.sort_unstable();
+        assert!(ends.windows(2).all(|two| two[0].1 <= two[1].0), "{ends:?}");
+        assert!(ends[2].1 <= pool.buffer().len());
     }
 }

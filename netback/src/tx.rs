@@ -314,6 +314,18 @@ impl Batch {
         Ok(())
     }
 
+    /// How far behind the begin of a page a packet's bytes are to lie so that each piece but the
+    /// first lies in a local page as it does in the guest's: no copy is cut then. So they do where
+    /// the pieces are what Linux makes of a packet: its headers, and then whole pages.
+    pub fn shift(&self, packet: &Packet) -> usize {
+        match &self.pieces[packet.pieces.clone()] {
+            [first, second, ..] => {
+                second.offset.wrapping_sub(first.len) as usize % rings::PAGE_SIZE
+            }
+            _ => 0,
+        }
+    }
+
     /// Appends the copies that bring a packet's bytes to `at` in the local buffer. Slots without
     /// bytes need none.
     pub fn copies(&self, packet: &Packet, at: usize, ops: &mut Vec<CopyOp>) {

@@ -51,6 +51,25 @@ fn a_packet_of_one_slot() {
 }
 
 #[test]
+fn no_piece_of_what_linux_sends_is_cut_by_a_local_page() {
+    // Headers, then pages that lie behind each other in the guest.
+    for (header, first) in [(66, 0), (66, 1000), (86, 4095), (54, 4042), (4096, 1), (1, 4095)] {
+        let behind = [4096 - first, 4096, 4096, 500];
+        let mut slots = chain(header + behind.iter().sum::<u16>(), &behind);
+        slots[1].offset = first;
+        let batch = gather(&slots).unwrap();
+        let packet = &batch.packets()[0];
+        let mut ops = Vec::new();
+        batch.copies(packet, 7 * rings::PAGE_SIZE + batch.shift(packet), &mut ops);
+        assert_eq!(ops.len(), 5);
+        for op in &ops[1..] {
+            assert_eq!(op.at % rings::PAGE_SIZE, usize::from(op.offset), "{header} {first}");
+        }
+    }
+    assert_eq!(gather(&chain(60, &[])).map(|b| b.shift(&b.packets()[0])), Ok(0));
+}
+
+#[test]
 fn xsa423_a_packet_split_at_every_byte_is_the_same_packet() {
     for at in 0..=60 {
         let batch = gather(&chain(60, &[60 - at])).unwrap();

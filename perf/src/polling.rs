@@ -49,6 +49,11 @@ impl Poller {
         paid
     }
 
+    /// Whether it ever polls; if not, nobody has to tell it how long a sleep was.
+    pub fn is_wanted(&self) -> bool {
+        self.max > 0
+    }
+
     /// Whether it polls at present before it sleeps.
     #[inline]
     fn is_on(&self) -> bool {

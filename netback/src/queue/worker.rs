@@ -86,6 +86,8 @@ pub(super) struct Run {
     arrived: VecDeque<Frame>,
     to_guest: VecDeque<Frame>,
     laid_out: rx::Batch,
+    /// The endpoint had no more; it is asked again once there is a reason to.
+    endpoint_empty: bool,
     ops: Vec<CopyOp>,
     /// Since when frames have been waiting for pages.
     blocked: Option<Instant>,
@@ -106,7 +108,9 @@ impl Worker {
             if self.round()? {
                 self.run.spurious = 0;
                 self.counters.polls_paid.add(u64::from(self.poller.worked()));
-            } else if !self.poller.spin() {
+            } else if self.poller.spin() {
+                self.run.endpoint_empty = false;
+            } else {
                 self.sleep()?;
             }
         }
@@ -201,15 +205,21 @@ impl Worker {
     }
 
     /// When to wake without an event.
-    fn deadline(&self, now: Instant) -> Option<Duration> {
-        let stall = self.run.blocked.map(|since| (since + self.stall).duration_since(now));
-        let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
+    fn deadline(&self) -> Option<Duration> {
+        let stall = self.run.blocked.map(|since| since + self.stall);
         // What the endpoint has for the guest has to wait as well.
-        let hungry = self.run.to_guest.is_empty() || self.run.stalled;
-        let endpoint = self.endpoint.waits().deadline.filter(|_| hungry);
-        let endpoint = endpoint.map(|at| at.duration_since(now));
-        let wait = [stall, look, endpoint].into_iter().flatten().min()?;
+        let endpoint = self.endpoint.waits().deadline.filter(|_| self.is_hungry());
+        let at = [stall, endpoint].into_iter().flatten().min();
+        let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
+        // The clock is read only for what hangs on it.
+        let wait = [at.map(|at| at.duration_since(Instant::now())), look];
+        let wait = wait.into_iter().flatten().min()?;
         Some(wait.max(Duration::from_micros(50)))
+    }
+
+    /// Whether frames of the endpoint are taken: they are left there while others wait for the guest.
+    fn is_hungry(&self) -> bool {
+        self.run.to_guest.is_empty() || self.run.stalled
     }
 
     /// Waits for the frontend, the endpoint or the device's control.
@@ -223,13 +233,12 @@ impl Worker {
             return Ok(());
         }
         self.counters.sleeps.add(1);
-        let before = Instant::now();
         let [tx, rx] = self.run.limited;
-        let timeout = [self.deadline(before), tx, rx].into_iter().flatten().min();
-        // Frames are left with the endpoint while others wait for the guest.
-        let hungry = self.run.to_guest.is_empty() || self.run.stalled;
-        let [first, second, woken] = self.wait_for(hungry, timeout)?;
-        self.poller.slept(before.elapsed().as_nanos() as u64);
+        let timeout = [self.deadline(), tx, rx].into_iter().flatten().min();
+        let before = self.poller.is_wanted().then(Instant::now);
+        let [first, second, woken, other] = self.wait_for(timeout)?;
+        before.inspect(|before| self.poller.slept(before.elapsed().as_nanos() as u64));
+        self.run.endpoint_empty &= !other;
         if first {
             self.tx.woken();
         }
@@ -246,9 +255,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Which of the two ports and the wake-up have come.
-    fn wait_for(&self, hungry: bool, timeout: Option<Duration>) -> Result<[bool; 3], Fault> {
-        let waits = self.endpoint.waits();
+    /// Which of the two ports and the wake-up have come, and whether there may be something else: what
+    /// the other descriptors or the end of the time stand for.
+    fn wait_for(&self, timeout: Option<Duration>) -> Result<[bool; 4], Fault> {
+        let (hungry, waits) = (self.is_hungry(), self.endpoint.waits());
         let second = self.channels.second().map(|channel| channel.as_fd());
         let nothing = PollFlags::empty();
         let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
@@ -265,6 +275,9 @@ impl Worker {
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();
-        Ok([ready(0), second.is_some() && ready(1), ready(2)])
+        let ports = [ready(0), second.is_some() && ready(1), ready(2)];
+        let [first, second, woken] = ports;
+        let other = (3..fds.len()).any(ready) || ports == [false; 3];
+        Ok([first, second, woken, other])
     }
 }

@@ -1,7 +1,5 @@
 //! From the guest to the endpoint.
 
-use std::time::Instant;
-
 use hypervisor::xenbus::Fault;
 use rings::Notify;
 
@@ -70,6 +68,8 @@ impl Worker {
             .send(&mut self.run.offered, &mut self.pool)
             .map_err(|e| self.failed("sending", &e))?;
         self.counters.tx_dropped_host.add(self.endpoint.take_dropped());
+        // The host may have answered before it was back.
+        self.run.endpoint_empty = false;
         Ok(self.run.offered.len() < before)
     }
 
@@ -77,9 +77,9 @@ impl Worker {
     fn gather(&mut self) -> Result<bool, Fault> {
         let mut taken = false;
         self.run.ops.clear();
-        let now = Instant::now();
+        let now = self.limits.tx.now();
         while self.run.packets.packets().len() < BATCH && self.pool.free() > RESERVE {
-            self.run.limited[0] = self.limits.tx.wait(now);
+            self.run.limited[0] = now.and_then(|now| self.limits.tx.wait(now));
             if self.run.limited[0].is_some() {
                 break;
             }
@@ -90,7 +90,7 @@ impl Worker {
             if complete.map_err(|e| Fault(format!("{}: {e}", self.name)))? {
                 self.place();
                 let len = self.run.packets.packets().last().map_or(0, |packet| packet.len);
-                self.limits.tx.charge(len.into(), now);
+                now.inspect(|now| self.limits.tx.charge(len.into(), *now));
             }
         }
         Ok(taken)
@@ -111,6 +111,7 @@ impl Worker {
             Verdict::Multicast(_) | Verdict::Dropped(_) => None,
         };
         let placed = frame.map(|mut frame| {
+            frame.begin_later(self.run.packets.shift(packet), packet.len.into());
             frame.set_len(usize::from(packet.len));
             self.run.packets.copies(packet, frame.at(), &mut self.run.ops);
             (frame, from..self.run.ops.len())
