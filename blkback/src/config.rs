@@ -15,6 +15,7 @@ use blktap::formats::qcow2::L2Cache;
 use blktap::image::Commits;
 use blktap::storage::Cache;
 use hypervisor::xenbus::knobs::{Knob, Knobs};
+use hypervisor::xenbus::placement::Placement;
 
 /// How a payload gets between the guest's pages and the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +67,8 @@ pub struct Config {
     pub poll_us: u32,
     /// Ordering primitives offered.
     pub ordering: Ordering,
-    /// Processors for the queues' threads, in turn; empty: wherever the kernel likes.
-    pub cpus: Vec<u32>,
-    /// Memory node on whose processors the queues' threads run, unless `cpus` names some.
-    pub node: Option<u32>,
+    /// Where the queues' threads run.
+    pub placement: Placement,
     /// Limits of requests and bytes a second.
     pub limits: Limits,
     /// How urgent the disk's reads and writes are to the kernel.
@@ -114,8 +113,7 @@ impl Default for Config {
             max_indirect_segments: 256,
             poll_us: 100,
             ordering: Ordering::Both,
-            cpus: Vec::new(),
-            node: None,
+            placement: Placement::default(),
             limits: Limits::default(),
             io_priority: Priority::None,
             throttle_group: None,

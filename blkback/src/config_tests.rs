@@ -14,7 +14,7 @@ fn lists_and_refusals() {
     let mut config = Config::default();
     config.set_all("cache=writeback,poll_us=0,cpus=0+1").unwrap();
     assert_eq!((config.cache, config.poll_us), (Cache::Writeback, 0));
-    assert_eq!(config.cpus, [0, 1]);
+    assert_eq!(config.placement.cpus, [0, 1]);
     let refusal = config.set("poll_us", "-1").unwrap_err();
     assert_eq!(refusal, "poll_us: -1 is not one of its values (0 to 10000)");
     assert!(config.set("max_indirect_segments", "5").is_err());
@@ -31,10 +31,10 @@ fn lists_and_refusals() {
         assert!(config.set("l2_cache_size", bad).is_err(), "{bad}");
     }
     config.set_all("node=1,grants=map,cache=none").unwrap();
-    assert_eq!(config.node, Some(1));
+    assert_eq!(config.placement.node, Some(1));
     assert!(config.agrees().unwrap_err().starts_with("grants=map: not with cache=none"));
     config.set_all("cache=writeback,node=none").unwrap();
-    assert_eq!((config.agrees(), config.node), (Ok(()), None));
+    assert_eq!((config.agrees(), config.placement.node), (Ok(()), None));
 }
 
 #[test]

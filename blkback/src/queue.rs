@@ -4,7 +4,6 @@ mod memory;
 mod slots;
 mod worker;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -177,11 +176,9 @@ impl Queue {
             pollers: Pollers::new(config.poll_us),
             run: Run::new(size, segments),
         };
-        let cpus = cpus_of(config, start.number);
+        let (placement, number) = (config.placement.clone(), start.number);
         let thread = Thread::start(name.clone(), shared, start.faults, move || {
-            if let Err(e) = cpus.and_then(|cpus| bind_to(&cpus)) {
-                tracing::warn!("{}: cannot bind to processors: {e}", worker.name);
-            }
+            placement.bind(&worker.name, number);
             worker.run()
         })?;
         Ok(Queue { thread, told, counters: start.counters, replays })
@@ -219,60 +216,5 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         self.note_cpu();
-    }
-}
-
-/// The processors for a queue's thread; none: wherever the kernel likes.
-fn cpus_of(config: &Config, number: u32) -> io::Result<Vec<u32>> {
-    match (config.cpus.as_slice(), config.node) {
-        ([], None) => Ok(Vec::new()),
-        ([], Some(node)) => {
-            let path = format!("/sys/devices/system/node/node{node}/cpulist");
-            let list = std::fs::read_to_string(&path)
-                .map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")))?;
-            ranges(list.trim()).ok_or_else(|| io::Error::other(format!("{path}: {list:?}")))
-        }
-        (cpus, _) => Ok(vec![cpus[number as usize % cpus.len()]]),
-    }
-}
-
-/// The numbers of a list like `0-3,8` (cpulist of the kernel's sysfs).
-fn ranges(list: &str) -> Option<Vec<u32>> {
-    let parts = list.split(',').map(|part| {
-        let (from, to) = part.split_once('-').unwrap_or((part, part));
-        Some(from.parse::<u32>().ok()?..=to.parse::<u32>().ok()?)
-    });
-    Some(parts.collect::<Option<Vec<_>>>()?.into_iter().flatten().collect())
-}
-
-fn bind_to(cpus: &[u32]) -> io::Result<()> {
-    if cpus.is_empty() {
-        return Ok(());
-    }
-    let mut set = rustix::thread::CpuSet::new();
-    cpus.iter()
-        .filter(|cpu| **cpu < rustix::thread::CpuSet::MAX_CPU as u32)
-        .for_each(|cpu| set.set(*cpu as usize));
-    Ok(rustix::thread::sched_setaffinity(None, &set)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use hypervisor::xenbus::knobs::Knobs;
-
-    use super::*;
-
-    #[test]
-    fn threads_are_placed_by_processor_or_node() {
-        let mut config = Config::default();
-        assert!(cpus_of(&config, 0).unwrap().is_empty());
-        config.set_all("node=0").unwrap();
-        assert!(cpus_of(&config, 5).unwrap().contains(&0));
-        config.set_all("node=1023").unwrap();
-        assert!(cpus_of(&config, 0).unwrap_err().to_string().contains("node1023/cpulist"));
-        config.set_all("cpus=0+1").unwrap();
-        assert_eq!(cpus_of(&config, 3).unwrap(), [1]);
-        assert_eq!(ranges("0-2,5").unwrap(), [0, 1, 2, 5]);
-        assert_eq!(ranges("0-x"), None);
     }
 }

@@ -15,6 +15,7 @@ pub mod lasting;
 mod log_limit;
 pub mod machine;
 mod nodes;
+pub mod placement;
 pub mod queue;
 mod server;
 mod stats;

@@ -1,6 +1,7 @@
 //! The knobs of a network backend.
 
 use hypervisor::xenbus::knobs::{Knob, Knobs, Reach, number, put};
+use hypervisor::xenbus::placement::{self, Placement};
 
 use crate::endpoint::Abilities;
 use crate::filter::guard::AntiSpoof;
@@ -70,6 +71,8 @@ pub struct Config {
     pub max_ring_page_order: u32,
     /// Microseconds that a queue polls before it sleeps.
     pub poll_us: u32,
+    /// Where the queues' threads run.
+    pub placement: Placement,
     /// Seconds after which frames that wait for a guest's pages are dropped.
     pub rx_stall_s: u32,
     /// How much a vif may move each way.
@@ -91,6 +94,7 @@ impl Default for Config {
             max_queues: cpus.min(MAX_QUEUES),
             max_ring_page_order: MAX_RING_PAGE_ORDER,
             poll_us: 0,
+            placement: Placement::default(),
             rx_stall_s: 10,
             rate: Rate::default(),
             carrier: Carrier::Up,
@@ -133,6 +137,8 @@ impl Knobs for Config {
             reach: Reach::Live,
             set: |c, v| put(&mut c.poll_us, number(v, 0, 1_000_000)),
         },
+        placement::cpus(|c, v| c.placement.set_cpus(v)),
+        placement::node(|c, v| c.placement.set_node(v)),
         Knob {
             name: "rx_stall_s",
             unit: "seconds",

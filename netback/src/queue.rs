@@ -188,7 +188,11 @@ impl Queue {
             stall: std::time::Duration::from_secs(start.settings.config.rx_stall_s.into()),
             run: Run::default(),
         };
-        let thread = Thread::start(start.name, shared, faults, move || worker.run())?;
+        let placement = start.settings.config.placement.clone();
+        let thread = Thread::start(start.name, shared, faults, move || {
+            placement.bind(&worker.name, worker.number as u32);
+            worker.run()
+        })?;
         Ok(Queue { thread, hold, counters })
     }
 

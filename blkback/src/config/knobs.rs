@@ -7,15 +7,9 @@ use blktap::image::Commits;
 use blktap::storage::Cache;
 
 use hypervisor::xenbus::knobs::{Knob, Reach, number, put};
+use hypervisor::xenbus::placement;
 
 use super::{ChangedLog, Config, GrantMode, MAX_QUEUES, Ordering};
-
-fn list(value: &str) -> Option<Vec<u32>> {
-    match value {
-        "none" => Some(Vec::new()),
-        _ => value.split('+').map(|cpu| number(cpu, 0, 4095)).collect(),
-    }
-}
 
 /// A knob of the throttle.
 const fn throttle(
@@ -175,29 +169,8 @@ pub(super) const KNOBS: &[Knob<Config>] = &[
             Some(())
         },
     },
-    Knob {
-        name: "cpus",
-        unit: "",
-        default: "none",
-        range: "none, or numbers joined by +",
-        help: "processors that the queues' threads are bound to, in turn",
-        shows_in: "cpu_ns",
-        reach: Reach::Connect,
-        set: |c, v| put(&mut c.cpus, list(v)),
-    },
-    Knob {
-        name: "node",
-        unit: "",
-        default: "none",
-        range: "none, or a memory node's number",
-        help: "the queues' threads run on this node's processors, unless cpus names some",
-        shows_in: "cpu_ns",
-        reach: Reach::Connect,
-        set: |c, v| match v {
-            "none" => put(&mut c.node, Some(None)),
-            _ => put(&mut c.node, number(v, 0, 1023).map(Some)),
-        },
-    },
+    placement::cpus(|c, v| c.placement.set_cpus(v)),
+    placement::node(|c, v| c.placement.set_node(v)),
     throttle(
         "iops_total",
         "requests/s",
