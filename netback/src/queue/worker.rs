@@ -86,8 +86,6 @@ pub(super) struct Run {
     arrived: VecDeque<Frame>,
     to_guest: VecDeque<Frame>,
     laid_out: rx::Batch,
-    /// The endpoint had no more; it is asked again once there is a reason to.
-    endpoint_empty: bool,
     ops: Vec<CopyOp>,
     /// Since when frames have been waiting for pages.
     blocked: Option<Instant>,
@@ -108,9 +106,7 @@ impl Worker {
             if self.round()? {
                 self.run.spurious = 0;
                 self.counters.polls_paid.add(u64::from(self.poller.worked()));
-            } else if self.poller.spin() {
-                self.run.endpoint_empty = false;
-            } else {
+            } else if !self.poller.spin() {
                 self.sleep()?;
             }
         }
@@ -236,9 +232,8 @@ impl Worker {
         let [tx, rx] = self.run.limited;
         let timeout = [self.deadline(), tx, rx].into_iter().flatten().min();
         let before = self.poller.is_wanted().then(Instant::now);
-        let [first, second, woken, other] = self.wait_for(timeout)?;
+        let [first, second, woken] = self.wait_for(timeout)?;
         before.inspect(|before| self.poller.slept(before.elapsed().as_nanos() as u64));
-        self.run.endpoint_empty &= !other;
         if first {
             self.tx.woken();
         }
@@ -255,9 +250,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Which of the two ports and the wake-up have come, and whether there may be something else: what
-    /// the other descriptors or the end of the time stand for.
-    fn wait_for(&self, timeout: Option<Duration>) -> Result<[bool; 4], Fault> {
+    /// Which of the two ports and the wake-up have come.
+    fn wait_for(&self, timeout: Option<Duration>) -> Result<[bool; 3], Fault> {
         let (hungry, waits) = (self.is_hungry(), self.endpoint.waits());
         let second = self.channels.second().map(|channel| channel.as_fd());
         let nothing = PollFlags::empty();
@@ -275,9 +269,6 @@ impl Worker {
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();
-        let ports = [ready(0), second.is_some() && ready(1), ready(2)];
-        let [first, second, woken] = ports;
-        let other = (3..fds.len()).any(ready) || ports == [false; 3];
-        Ok([first, second, woken, other])
+        Ok([ready(0), second.is_some() && ready(1), ready(2)])
     }
 }

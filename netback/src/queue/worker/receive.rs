@@ -42,14 +42,9 @@ impl Worker {
             inbox.take(&mut arrived, room, &mut self.pool);
         }
         let chosen = arrived.len();
-        if !self.run.endpoint_empty {
-            self.endpoint
-                .receive(&mut arrived, room - chosen, &mut self.pool)
-                .map_err(|e| self.failed("receiving", &e))?;
-            // Who goes by the clock is asked each round.
-            self.run.endpoint_empty =
-                arrived.len() < room && self.endpoint.waits().deadline.is_none();
-        }
+        self.endpoint
+            .receive(&mut arrived, room - chosen, &mut self.pool)
+            .map_err(|e| self.failed("receiving", &e))?;
         let any = !arrived.is_empty();
         for (number, frame) in arrived.drain(..).enumerate() {
             if number < chosen { self.accept(frame) } else { self.admit(frame) }

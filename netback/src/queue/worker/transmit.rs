@@ -68,8 +68,6 @@ impl Worker {
             .send(&mut self.run.offered, &mut self.pool)
             .map_err(|e| self.failed("sending", &e))?;
         self.counters.tx_dropped_host.add(self.endpoint.take_dropped());
-        // The host may have answered before it was back.
-        self.run.endpoint_empty = false;
         Ok(self.run.offered.len() < before)
     }
 
