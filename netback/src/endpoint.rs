@@ -12,6 +12,7 @@ pub mod switch;
 pub mod tap;
 pub mod user;
 mod vnet;
+pub mod xdp;
 
 use std::collections::VecDeque;
 use std::io;

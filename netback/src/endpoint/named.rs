@@ -9,6 +9,7 @@ use super::loopback::Loopback;
 use super::packet::Packet;
 use super::stream::{Address, Role, Stream};
 use super::user::UserNet;
+use super::xdp::Xdp;
 use crate::backend::{Host, open_tap};
 
 /// An endpoint of which nothing is left when its process ends.
@@ -34,7 +35,7 @@ const MTU: u16 = 1500;
 fn name(nodes: &Nodes) -> Result<Option<String>, Fault> {
     let is_ours = |text: &String| {
         text.split_once(':')
-            .is_some_and(|(kind, _)| matches!(kind, "packet" | "stream" | "stream-server"))
+            .is_some_and(|(kind, _)| matches!(kind, "packet" | "xdp" | "stream" | "stream-server"))
     };
     match nodes.own("type")? {
         Some(kind) if !matches!(&*kind, "vif" | "vif_ioemu") => Ok(Some(kind)),
@@ -48,7 +49,7 @@ pub fn is_tap(nodes: &Nodes) -> Result<bool, Fault> {
 }
 
 /// Opens what a vif's node names: `user`, a network in this process; `loopback`, the vif itself;
-/// `packet:IFACE`, an interface of the host; `stream:ADDRESS` and `stream-server:ADDRESS`, a stream
+/// `packet:IFACE` and `xdp:IFACE`, an interface of the host; `stream:ADDRESS` and `stream-server:ADDRESS`, a stream
 /// socket, its address an absolute path or HOST:PORT; and what toolstacks write (`vif`, `vif_ioemu`, or
 /// nothing), a TAP device.
 pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
@@ -68,11 +69,12 @@ pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
         ("user", "") => Ok(Box::new(Plain(UserNet::new(mtu()?)))),
         ("loopback", "") => Ok(Box::new(Plain(Loopback::new(mtu()?)))),
         ("packet", interface) => Ok(Box::new(Plain(Packet::open(interface)?))),
+        ("xdp", interface) => Ok(Box::new(Plain(Xdp::open(interface)?))),
         ("stream", address) => stream(Role::Client, address),
         ("stream-server", address) => stream(Role::Server, address),
         _ => Err(Fault(format!(
-            "type is {name:?}; known are vif, user, loopback, packet:IFACE, stream:ADDRESS and \
-             stream-server:ADDRESS"
+            "type is {name:?}; known are vif, user, loopback, packet:IFACE, xdp:IFACE, \
+             stream:ADDRESS and stream-server:ADDRESS"
         ))),
     }
 }

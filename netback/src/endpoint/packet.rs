@@ -43,6 +43,28 @@ impl Packet {
             interface.map_err(|e| io::Error::new(e.kind(), format!("interface {name}: {e}")))?;
         Ok(Packet { interface, sockets: Mutex::default() })
     }
+
+    /// The interface's number.
+    pub(super) fn index(&self) -> u32 {
+        self.interface.index
+    }
+
+    /// Longest packet without its Ethernet header, as it was when opened.
+    pub(super) fn mtu(&self) -> u16 {
+        self.interface.mtu
+    }
+
+    /// A socket that hears nothing.
+    pub(super) fn silent(&self) -> io::Result<OwnedFd> {
+        socket::raw()
+    }
+
+    /// A socket that hears nothing and keeps the interface promiscuous as long as it lives.
+    pub(super) fn promiscuous(&self) -> io::Result<OwnedFd> {
+        let socket = self.silent()?;
+        socket::promiscuous(&socket, &self.interface)?;
+        Ok(socket)
+    }
 }
 
 impl Endpoint for Packet {

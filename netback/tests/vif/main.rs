@@ -10,6 +10,7 @@ mod rig;
 mod stream;
 mod watched;
 mod wire;
+mod xdp;
 mod xsa;
 
 use std::time::Duration;

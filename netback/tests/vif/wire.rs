@@ -21,16 +21,21 @@ use crate::{ALL, tcp_packet};
 const INSIDE: &str = "RINGBACK_TEST_NAMESPACE";
 const BYTES: usize = 6_000_000;
 
-type Stack = Host<Several<FrontQueue>>;
+pub(crate) type Stack = Host<Several<FrontQueue>>;
 
 /// Runs the test `name` again where it may make devices; it says whether this is there.
-fn in_namespace(name: &str) -> bool {
+pub(crate) fn in_namespace(name: &str) -> bool {
+    again(name, &["--net", "--user", "--map-root-user"])
+}
+
+/// Runs the test `name` again in namespaces of its own; it says whether this is there.
+pub(crate) fn again(name: &str, namespaces: &[&str]) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
     let me = std::env::current_exe().unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--net", "--user", "--map-root-user"]).arg(me);
+    command.args(namespaces).arg(me);
     command.args(["--exact", name, "--nocapture"]).env(INSIDE, "1");
     let ended = command.output().expect("unshare is needed: apt install util-linux");
     let text = String::from_utf8_lossy(&ended.stdout) + String::from_utf8_lossy(&ended.stderr);
@@ -38,14 +43,14 @@ fn in_namespace(name: &str) -> bool {
     false
 }
 
-fn ip(arguments: &str) {
+pub(crate) fn ip(arguments: &str) {
     let ended = Command::new("ip").args(arguments.split(' ')).output();
     let ended = ended.expect("ip is needed: apt install iproute2");
     assert!(ended.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&ended.stderr));
 }
 
 /// A wire from `host0`, which has the address 10.9.0.1, to `wire0`.
-fn wire() {
+pub(crate) fn wire() {
     ip("link add host0 type veth peer name wire0");
     ip("addr add 10.9.0.1/24 dev host0");
     ip("link set host0 up");
@@ -53,7 +58,7 @@ fn wire() {
 }
 
 /// A guest's stack, with the address 10.9.0.2.
-fn stack(front: &NetFront) -> Stack {
+pub(crate) fn stack(front: &NetFront) -> Stack {
     let queues = (0..front.queues()).map(|n| front.queue(n).unwrap()).collect();
     let mac = EthernetAddress(front.mac().unwrap());
     let queues = Several::new(queues).unwrap();
@@ -63,7 +68,7 @@ fn stack(front: &NetFront) -> Stack {
 }
 
 /// A ping of so many bytes, byte by byte the same.
-fn ping(host: &mut Stack, to: Ipv4Address, len: usize) {
+pub(crate) fn ping(host: &mut Stack, to: Ipv4Address, len: usize) {
     let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 4], vec![0; 1 << 18]);
     let mut socket = icmp::Socket::new(buffer(), buffer());
     socket.bind(icmp::Endpoint::Ident(7)).unwrap();
@@ -87,7 +92,7 @@ fn ping(host: &mut Stack, to: Ipv4Address, len: usize) {
 }
 
 /// Takes what a client sends up to its end, compares it, and sends as much back.
-fn echo(listener: &TcpListener) {
+pub(crate) fn echo(listener: &TcpListener) {
     let (mut stream, _) = listener.accept().unwrap();
     let mut got = Vec::new();
     let mut expected = vec![0; BYTES];
@@ -98,7 +103,7 @@ fn echo(listener: &TcpListener) {
 }
 
 /// Sends bytes over TCP and takes them back.
-fn transfer(host: &mut Stack, to: Ipv4Address, port: u16) {
+pub(crate) fn transfer(host: &mut Stack, to: Ipv4Address, port: u16) {
     let buffer = || tcp::SocketBuffer::new(vec![0; 1 << 18]);
     let handle = host.sockets.add(tcp::Socket::new(buffer(), buffer()));
     let (interface, sockets) = host.parts();

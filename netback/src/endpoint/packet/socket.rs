@@ -23,7 +23,7 @@ type Control = [u64; 8];
 /// An interface.
 #[derive(Clone, Debug)]
 pub(super) struct Interface {
-    index: u32,
+    pub index: u32,
     pub mtu: u16,
 }
 
@@ -41,7 +41,7 @@ fn check(result: c_int) -> io::Result<c_int> {
 }
 
 /// A socket that hears nothing yet.
-fn raw() -> io::Result<OwnedFd> {
+pub(super) fn raw() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: no pointers; the descriptor is new and nobody else's.
     unsafe { Ok(OwnedFd::from_raw_fd(check(libc::socket(libc::AF_PACKET, kind, 0))?)) }
@@ -118,7 +118,7 @@ fn bind(socket: &OwnedFd, interface: &Interface) -> io::Result<()> {
 }
 
 /// As long as the socket lives.
-fn promiscuous(socket: &OwnedFd, interface: &Interface) -> io::Result<()> {
+pub(super) fn promiscuous(socket: &OwnedFd, interface: &Interface) -> io::Result<()> {
     let request = libc::packet_mreq {
         mr_ifindex: interface.index as c_int,
         mr_type: libc::PACKET_MR_PROMISC as u16,
