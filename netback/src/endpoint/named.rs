@@ -49,9 +49,9 @@ pub fn is_tap(nodes: &Nodes) -> Result<bool, Fault> {
 }
 
 /// Opens what a vif's node names: `user`, a network in this process; `loopback`, the vif itself;
-/// `packet:IFACE` and `xdp:IFACE`, an interface of the host; `stream:ADDRESS` and `stream-server:ADDRESS`, a stream
-/// socket, its address an absolute path or HOST:PORT; and what toolstacks write (`vif`, `vif_ioemu`, or
-/// nothing), a TAP device.
+/// `packet:IFACE` and `xdp:IFACE`, an interface of the host; `stream:ADDRESS` and
+/// `stream-server:ADDRESS`, a stream socket, its address an absolute path or HOST:PORT; and what
+/// toolstacks write (`vif`, `vif_ioemu`, or nothing), a TAP device.
 pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
     let Some(name) = name(nodes)? else { return open_tap(nodes) };
     let mtu = || -> Result<u16, Fault> {

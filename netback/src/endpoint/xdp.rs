@@ -327,11 +327,12 @@ impl EndpointQueue for XdpQueue {
         }
         let mut left = room;
         for _ in 0..self.sockets.len() {
-            left -= self.receive_of(self.turn, frames, left, pool)?;
+            let turn = self.turn;
+            self.turn = (turn + 1) % self.sockets.len();
+            left -= self.receive_of(turn, frames, left, pool)?;
             if left == 0 {
                 break;
             }
-            self.turn = (self.turn + 1) % self.sockets.len();
         }
         Ok(())
     }

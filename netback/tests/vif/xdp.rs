@@ -1,15 +1,18 @@
 //! A vif on an interface of the host by AF_XDP, with the kernel's TCP/IP at the other end of the wire,
 //! and what becomes of it where AF_XDP is not possible.
 
+use std::collections::VecDeque;
 use std::fmt::{Debug, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::process::Command;
 use std::sync::Mutex;
 
 use netback::checksum::{Layers, Transport, fold, sum};
-use netback::endpoint::Accepts;
+use netback::endpoint::packet::Packet;
+use netback::endpoint::xdp::Xdp;
+use netback::endpoint::{Abilities, Accepts};
 use netback::frame::Checksum;
-use netback::{FrontOptions, NetFront};
+use netback::{Endpoint, FrontOptions, NetFront, Pool};
 use smoltcp::wire::Ipv4Address;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -53,12 +56,14 @@ fn link() -> (bool, bool) {
     (text.contains("prog/xdp"), !text.contains("promiscuity 0"))
 }
 
-/// Descriptors of this process, and those of bpf(2) among them.
+/// Descriptors of this process, and those of bpf(2) among them. Memory of the guest's is not counted:
+/// it stays.
 fn descriptors() -> (usize, usize) {
     let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-    let open: Vec<_> = open.filter_map(|e| std::fs::read_link(e.path()).ok()).collect();
-    let of_bpf = open.iter().filter(|to| to.to_string_lossy().contains("bpf"));
-    (open.len(), of_bpf.count())
+    let open = open.filter_map(|e| std::fs::read_link(e.path()).ok());
+    let open = open.map(|to| to.to_string_lossy().into_owned());
+    let open: Vec<_> = open.filter(|to| !to.starts_with("/memfd:")).collect();
+    (open.len(), open.iter().filter(|to| to.contains("bpf")).count())
 }
 
 fn options(queues: usize) -> FrontOptions {
@@ -184,6 +189,75 @@ fn each_hardware_queue_is_served_and_checksums_are_made_where_they_are_missing()
 }
 
 #[test]
+fn more_than_the_ring_holds_goes_in_order() {
+    if !as_root("xdp::more_than_the_ring_holds_goes_in_order") {
+        return;
+    }
+    wire(1, 1);
+    let (near, far) = (Xdp::open("wire0").unwrap(), Packet::open("host0").unwrap());
+    let mut pool = Pool::private(2048);
+    near.connect(1, Accepts::default()).unwrap();
+    far.connect(1, Accepts::default()).unwrap();
+    assert_eq!(near.abilities(), Abilities { mtu: 1500, ..Abilities::default() });
+    let (mut sender, mut receiver) = (near.queue(0).unwrap(), far.queue(0).unwrap());
+    let mut frames: VecDeque<_> = (0..1500u32)
+        .map(|number| {
+            let mut frame = pool.take().unwrap();
+            frame.set_len(1400);
+            frame.copy_from_slice(&opaque(number.into(), 1400));
+            frame
+        })
+        .collect();
+    sender.send(&mut frames, &mut pool).unwrap();
+    // The send ring's places; the rest is to be offered again soon.
+    assert_eq!(frames.len(), 1500 - 512);
+    assert!(sender.waits().deadline.is_some());
+    let (mut got, mut next) = (VecDeque::new(), 0);
+    until("all frames", || {
+        sender.send(&mut frames, &mut pool).unwrap();
+        receiver.receive(&mut got, 256, &mut pool).unwrap();
+        for frame in got.drain(..) {
+            if frame[12..14] == [0x88, 0xb5] {
+                assert!(frame[..] == opaque(next, 1400)[..], "frame {next}");
+                next += 1;
+            }
+            pool.give(frame);
+        }
+        next == 1500
+    });
+    assert!(frames.is_empty() && sender.waits().deadline.is_none());
+    // What no wire takes is dropped.
+    for len in [13, 1523] {
+        let mut frame = pool.take().unwrap();
+        frame.set_len(len);
+        frames.push_back(frame);
+        sender.send(&mut frames, &mut pool).unwrap();
+        assert_eq!((frames.len(), sender.take_dropped()), (0, 1), "{len} bytes");
+    }
+    // Long ones, short ones and nonsense the other way.
+    for len in [14usize, 60, 1514] {
+        let mut frame = pool.take().unwrap();
+        frame.set_len(len);
+        frame.copy_from_slice(&opaque(len as u64, len));
+        frames.push_back(frame);
+    }
+    receiver.send(&mut frames, &mut pool).unwrap();
+    let mut came = Vec::new();
+    until("frames the other way", || {
+        sender.receive(&mut got, 64, &mut pool).unwrap();
+        for frame in got.drain(..) {
+            if frame[12..14] == [0x88, 0xb5] {
+                assert!(frame[..] == opaque(frame.len() as u64, frame.len())[..]);
+                came.push(frame.len());
+            }
+            pool.give(frame);
+        }
+        came.len() == 3
+    });
+    assert_eq!(came, [14, 60, 1514]);
+}
+
+#[test]
 fn an_interface_that_is_down_costs_packets_and_one_that_goes_ends_the_vif() {
     let name = "xdp::an_interface_that_is_down_costs_packets_and_one_that_goes_ends_the_vif";
     if !as_root(name) {
@@ -266,14 +340,13 @@ impl Subscriber for Warnings {
     fn exit(&self, _: &Id) {}
 }
 
-/// A vif on `wire0` works without AF_XDP, and says once why it is without.
-fn without(reason: &str) {
+/// A vif on `wire0` works without AF_XDP, with up to so many queues, and says once why it is without.
+fn without(reason: &str, most: usize) {
     let before = WARNED.lock().unwrap().len();
     let rig = Rig::start("xdp:wire0", &[]);
-    // The hardware's queues do not limit a packet socket's.
     for queues in [1, 3] {
         let front = rig.connect(&options(queues));
-        assert_eq!(front.queues(), queues);
+        assert_eq!(front.queues(), queues.min(most));
         assert!(!link().0, "{}", said("ip", "-d link show wire0"));
         traffic(&front, 40_000 + queues as u16);
         for name in ["tx_gso", "rx_gso", "tx_csum_blank", "rx_csum_blank"] {
@@ -295,16 +368,17 @@ fn where_it_cannot_be_there_is_a_packet_socket() {
     wire(1, 1);
     ip("link set host0 mtu 9000");
     ip("link set wire0 mtu 9000");
-    without("its MTU is 9000, and a frame has room for 3818");
+    // The hardware's queues do not limit a packet socket's.
+    without("its MTU is 9000, and a frame has room for 3818", 3);
     ip("link set host0 mtu 1500");
     ip("link set wire0 mtu 1500");
     said("ethtool", "-K wire0 rxvlan on");
-    without("ethtool -K wire0 rxvlan off");
+    without("ethtool -K wire0 rxvlan off", 3);
     said("ethtool", "-K wire0 rxvlan off");
     // The driver's own reason: here, that the peer has more queues.
     ip("link del host0");
     wire(2, 1);
-    without("its driver takes no program");
+    without("its driver takes no program", 1);
 }
 
 #[test]
@@ -314,7 +388,7 @@ fn without_the_machines_privileges_there_is_a_packet_socket() {
     }
     tracing::subscriber::set_global_default(Warnings).unwrap();
     wire(1, 1);
-    without("the kernel takes no program");
+    without("the kernel takes no program", 3);
 }
 
 #[test]

@@ -73,7 +73,8 @@ unsafe fn ask<T>(socket: BorrowedFd<'_>, name: &str, question: &mut T) -> io::Re
         *to = from;
     }
     // SAFETY: as the caller says.
-    Ok(unsafe { ioctl(socket, Ethtool(&mut request))? })
+    unsafe { ioctl(socket, Ethtool(&mut request))? };
+    Ok(())
 }
 
 /// The hardware queues of an interface.
