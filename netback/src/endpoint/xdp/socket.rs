@@ -117,8 +117,8 @@ fn map<T>(fd: &OwnedFd, offset: u64, within: XdpRingOffset, size: u32) -> io::Re
 }
 
 impl Socket {
-    /// A socket with its rings, on the hardware queue `number` of the interface with that index. It is
-    /// the driver's own memory where the driver can (zero copy); else packets are copied to it.
+    /// A socket with its rings, on the hardware queue `number` of the interface with that index. Its
+    /// frames are the driver's own where the driver can (zero copy); else packets are copied to them.
     pub(super) fn open(interface: u32, number: u32, what_for: Use) -> io::Result<Socket> {
         let tx_frames = if what_for == Use::Both { TX_FRAMES } else { 0 };
         let frames = Memory::zeroed((RX_FRAMES + tx_frames) as usize * FRAME)?;
