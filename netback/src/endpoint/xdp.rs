@@ -6,7 +6,7 @@
 //! Each hardware queue has a socket of its own; a vif's queue N serves the hardware queues N, N + the
 //! vif's queues and so on, and sends through the first of them. Packets come and go with one copy
 //! between the driver's frames and those that grant copies reach. There is no segmentation and no word on
-//! checksums: both are done before, and [`unfinished`] finds what a virtual interface leaves to do.
+//! checksums: both are done before, and `unfinished` finds what a virtual interface leaves to do.
 //!
 //! Where the interface or the kernel cannot, it is a [`Packet`] endpoint with a warning that says why.
 //! A driver without XDP of its own counts as one that cannot: the kernel's stand-in sees packets after
@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::epoll;
+use rustix::net::netdevice::index_to_name_inlined;
 
 use self::program::Program;
 use self::socket::{LONGEST, Sent, Socket, Use};
@@ -126,10 +127,9 @@ impl Able {
             self.program.direct(number, socket.as_fd())?;
             sockets.push(socket);
         }
-        let mtu = self.packet.mtu();
         let zero_copy = of_each.iter().flatten().all(|s| s.is_zero_copy().unwrap_or(false));
-        let queues = of_each.into_iter().map(|sockets| XdpQueue::new(name, sockets, mtu).map(Some));
-        let queues = queues.collect::<io::Result<_>>()?;
+        let queues = of_each.into_iter().map(|sockets| XdpQueue::new(name, sockets, &self.packet));
+        let queues = queues.map(|queue| queue.map(Some)).collect::<io::Result<_>>()?;
         let promiscuous = self.packet.promiscuous()?;
         // From now on packets come here.
         let link = self.program.attach(interface).map_err(|e| {
@@ -144,7 +144,7 @@ impl Able {
             self.queues,
             if zero_copy { "zero copy" } else { "copied" }
         );
-        Ok(Sockets { _link: link, _promiscuous: promiscuous, queues, mtu })
+        Ok(Sockets { _link: link, _promiscuous: promiscuous, queues, mtu: self.packet.mtu() })
     }
 }
 
@@ -214,6 +214,7 @@ impl Endpoint for Xdp {
 /// One queue of a vif, with its hardware queues.
 struct XdpQueue {
     name: String,
+    interface: u32,
     /// The first one sends.
     sockets: Vec<Socket>,
     /// Readable when one of several sockets is.
@@ -224,13 +225,13 @@ struct XdpQueue {
     longest: usize,
     /// The kernel took no more.
     full: bool,
-    /// The interface was down the last time.
+    /// The interface was down the last time: packets to it are dropped.
     down: bool,
     dropped: u64,
 }
 
 impl XdpQueue {
-    fn new(name: &str, sockets: Vec<Socket>, mtu: u16) -> io::Result<XdpQueue> {
+    fn new(name: &str, sockets: Vec<Socket>, packet: &Packet) -> io::Result<XdpQueue> {
         let mut any = None;
         if sockets.len() > 1 {
             let all = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -239,19 +240,34 @@ impl XdpQueue {
             }
             any = Some(all);
         }
-        let (name, longest) = (name.to_owned(), usize::from(mtu) + HEADERS);
-        Ok(XdpQueue { name, sockets, any, turn: 0, longest, full: false, down: false, dropped: 0 })
+        Ok(XdpQueue {
+            name: name.to_owned(),
+            interface: packet.index(),
+            sockets,
+            any,
+            turn: 0,
+            longest: usize::from(packet.mtu()) + HEADERS,
+            full: false,
+            down: false,
+            dropped: 0,
+        })
     }
 
     /// Shows the kernel what is to go.
     fn flush(&mut self) -> io::Result<()> {
         let Some(sender) = self.sockets.first_mut() else { return Ok(()) };
-        let sent = sender.flush().map_err(|e| {
-            let gone = matches!(e.raw_os_error(), Some(libc::ENXIO | libc::ENODEV));
-            let gone = if gone { " is gone" } else { "" };
-            io::Error::new(e.kind(), format!("interface {}{gone}: {e}", self.name))
-        })?;
-        self.down = sent == Sent::Down;
+        self.down = match sender.flush() {
+            Ok(sent) => sent == Sent::Down,
+            // A driver that is being set up anew says the same as one that is gone.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)) => {
+                if index_to_name_inlined(&*sender, self.interface).is_err() {
+                    let why = format!("interface {} is gone: {e}", self.name);
+                    return Err(io::Error::new(e.kind(), why));
+                }
+                true
+            }
+            Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", self.name))),
+        };
         Ok(())
     }
 

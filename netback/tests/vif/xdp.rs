@@ -11,16 +11,16 @@ use netback::checksum::{Layers, Transport, fold, sum};
 use netback::endpoint::packet::Packet;
 use netback::endpoint::xdp::Xdp;
 use netback::endpoint::{Abilities, Accepts};
-use netback::frame::Checksum;
+use netback::frame::{Checksum, GsoKind};
 use netback::{Endpoint, FrontOptions, NetFront, Pool};
 use smoltcp::wire::Ipv4Address;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::opaque;
 use crate::rig::{DEVID, Driver, Rig, until};
 use crate::wire::{again, echo, in_namespace, ip, ping, stack, transfer};
+use crate::{opaque, tcp_packet};
 
 const HOST: Ipv4Address = Ipv4Address::new(10, 9, 0, 1);
 
@@ -186,6 +186,49 @@ fn each_hardware_queue_is_served_and_checksums_are_made_where_they_are_missing()
         drop(drivers);
         front.close().unwrap();
     }
+}
+
+#[test]
+fn vlan_tags_stay_in_packets() {
+    if !as_root("xdp::vlan_tags_stay_in_packets") {
+        return;
+    }
+    wire(1, 1);
+    // A tagged packet with a checksum that is left to the other end.
+    let far = Packet::open("host0").unwrap();
+    far.connect(1, Accepts::default()).unwrap();
+    let (mut sender, mut pool) = (far.queue(0).unwrap(), Pool::private(4));
+    let (mut bytes, start) = tcp_packet(GsoKind::TcpV4, 700);
+    bytes.splice(12..12, [0x81, 0, 0, 7]);
+    Layers::of(&bytes).unwrap().prepare(&mut bytes);
+    let blank = |start: usize| Checksum::Blank { start: start as u16, offset: 16 };
+    let rig = Rig::start("xdp:wire0", &[]);
+    let front = rig.connect(&options(1));
+    let mut driver = Driver::new(front.queue(0).unwrap(), 64);
+    let mut packet = || {
+        let mut frame = pool.take().unwrap();
+        frame.set_len(bytes.len());
+        frame.copy_from_slice(&bytes);
+        frame.offload.checksum = blank(start + 4);
+        sender.send(&mut VecDeque::from([frame]), &mut pool).unwrap();
+        let mut found = None;
+        until("the packet", || {
+            driver.turn();
+            for frame in std::mem::take(&mut driver.got) {
+                if frame.ends_with(&bytes[start + 24..]) {
+                    found = Some((frame[12..18].to_vec(), frame.offload.checksum));
+                }
+                driver.pool.give(frame);
+            }
+            found.is_some()
+        });
+        found.unwrap()
+    };
+    assert_eq!(packet(), (vec![0x81, 0, 0, 7, 8, 0], blank(start + 4)));
+    // Taken out where the vif is in this VLAN.
+    rig.set("vlan", "7");
+    until("there is no tag", || packet().0[..2] == [8, 0]);
+    assert_eq!(packet().1, blank(start));
 }
 
 #[test]

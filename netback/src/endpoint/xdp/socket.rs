@@ -254,8 +254,8 @@ impl Socket {
         Ok(put)
     }
 
-    /// Shows the kernel the packets in the send ring, and calls it where it wants that. An error is
-    /// that of an interface that is gone.
+    /// Shows the kernel the packets in the send ring, and calls it where it wants that. ENXIO and
+    /// ENODEV: the interface is gone, or its driver is not ready.
     pub(super) fn flush(&mut self) -> io::Result<Sent> {
         let Some(sender) = &mut self.sender else { return Ok(Sent::Yes) };
         let mut wants = sender.ring.publish()?;
