@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use rings::grants::{Access, GrantRef};
-use rings::mem::SharedMem;
+use rings::mem::{SharedMem, SharedRead};
 
 /// A domain's number (`domid_t` in xen.h).
 pub type DomId = u16;
@@ -78,6 +78,17 @@ unsafe impl SharedMem for SharedMapping {
     }
     fn len(&self) -> usize {
         self.0.pages * rings::PAGE_SIZE
+    }
+}
+
+// SAFETY: by the promise of `Mapping::new` the pages are aligned, may be read whatever else they were
+// mapped for, and stay in place until the mapping is dropped.
+unsafe impl SharedRead for Mapping {
+    fn start(&self) -> *const u8 {
+        self.base
+    }
+    fn length(&self) -> usize {
+        self.pages * rings::PAGE_SIZE
     }
 }
 

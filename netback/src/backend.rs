@@ -29,6 +29,8 @@ use crate::live::{Live, Wishes};
 use crate::mailbox::Mailbox;
 use crate::negotiate::{Accepted, LIVE_KEYS, Multicast, Offer};
 use crate::queue::{Queue, Settings, Start};
+use crate::staging::Staging;
+use crate::staging::noted::Noted;
 
 /// Name of the hotplug script whose nodes are ours.
 pub const SCRIPT: &str = "vif-ringback";
@@ -177,7 +179,8 @@ fn live_of(config: &Config, accepted: &Accepted, lasting: &Lasting) -> Live {
         Past::Kept => kept.load(accepted.queues.len(), &mut wishes),
         Past::Lost(_) => wishes.multicast = Multicast::Flood,
     }
-    Live::new(wishes, kept)
+    let staging = accepted.queues.iter().map(|_| Staging::new(config.staging_grants)).collect();
+    Live::new(wishes, kept, staging)
 }
 
 /// One for each queue, if there are several.
@@ -293,6 +296,7 @@ impl NetDevice {
                 past: &tables.past,
                 live: live.clone(),
                 queues: queues.len(),
+                noted: tables.noted.iter().cloned().map(Noted::new).collect(),
                 faults: faults.clone(),
                 counters: stats.block("ctrl-ring"),
             })

@@ -15,6 +15,9 @@ pub const MAX_QUEUES: u32 = 64;
 /// Most pages of a ring that can be asked for, as an order.
 pub const MAX_RING_PAGE_ORDER: u32 = 4;
 
+/// Most pages that a queue can be asked to keep mapped: all that its longest rings name.
+pub const MAX_STAGING_GRANTS: u32 = 8192;
+
 /// Whether a vif's link is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
@@ -69,6 +72,8 @@ pub struct Config {
     /// Most pages of each ring that are offered, as an order. Only frontends that know of it, as
     /// ours, have more than one page.
     pub max_ring_page_order: u32,
+    /// Pages that a guest may have each queue keep mapped.
+    pub staging_grants: u32,
     /// Microseconds that a queue polls before it sleeps.
     pub poll_us: u32,
     /// Where the queues' threads run.
@@ -93,6 +98,7 @@ impl Default for Config {
         Config {
             max_queues: cpus.min(MAX_QUEUES),
             max_ring_page_order: MAX_RING_PAGE_ORDER,
+            staging_grants: 512,
             poll_us: 0,
             placement: Placement::default(),
             rx_stall_s: 10,
@@ -126,6 +132,16 @@ impl Knobs for Config {
             shows_in: "ring_full",
             reach: Reach::Connect,
             set: |c, v| put(&mut c.max_ring_page_order, number(v, 0, MAX_RING_PAGE_ORDER)),
+        },
+        Knob {
+            name: "staging_grants",
+            unit: "pages",
+            default: "512",
+            range: "0 (none) to 8192",
+            help: "pages that a guest may have each queue keep mapped (netif.h, Static Grants), to and from which packets are copied without the hypervisor; only frontends that know of it, as ours, have any",
+            shows_in: "tx_staged, rx_staged",
+            reach: Reach::Connect,
+            set: |c, v| put(&mut c.staging_grants, number(v, 0, MAX_STAGING_GRANTS)),
         },
         Knob {
             name: "poll_us",

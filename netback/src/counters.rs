@@ -34,6 +34,10 @@ perf::counters! {
         tx_held: Gauge [packets],
         /// Grant copies' calls for packets from the guest.
         tx_batches: Counter [calls],
+        /// Slots whose bytes came from pages that the guest has kept mapped.
+        tx_staged: Counter [slots],
+        /// ... by grant copy.
+        tx_copied: Counter [slots],
         /// Packets to the guest.
         rx_packets: Counter [packets],
         /// Their bytes.
@@ -64,6 +68,10 @@ perf::counters! {
         rx_filtered: Counter [packets],
         /// Grant copies' calls for packets to the guest.
         rx_batches: Counter [calls],
+        /// Slots whose bytes went to pages that the guest has kept mapped.
+        rx_staged: Counter [slots],
+        /// ... by grant copy.
+        rx_copied: Counter [slots],
         /// Times the guest gave no pages for too long.
         rx_stalls: Counter [stalls],
         /// Times the queue's thread went to sleep.

@@ -1,7 +1,8 @@
 //! Requests of the control ring (netif.h, "Control messages"): how the guest wants its packets
-//! hashed. Pure. Whatever a request says, it gets an answer with a status, and what it got wrong
-//! changes nothing.
+//! hashed, and which pages it wants kept mapped ([`lists`]). Pure. Whatever a request says, it gets an
+//! answer with a status, and what it got wrong changes nothing.
 
+pub mod lists;
 mod ring;
 
 use std::sync::Arc;
@@ -47,7 +48,7 @@ pub struct Served {
     pub spread: Option<Spread>,
 }
 
-/// Carries out a request of a guest with so many queues. `read` copies the first bytes of a page of
+/// Carries out a request about hashes, of a guest with so many queues. `read` copies the first bytes of a page of
 /// the guest's, up to [`MAX_READ`] of them; whether it could.
 pub fn serve(
     request: &CtrlRequest,
@@ -112,7 +113,6 @@ fn act(
             set_mapping(&mut mapping, (first, len, offset), queues, read)?;
             changed(&|spread| spread.mapping.clone_from(&mapping))
         }
-        // Of static grants too: none are kept.
         _ => Err(NotSupported),
     }
 }

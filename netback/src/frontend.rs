@@ -8,6 +8,7 @@
 mod control;
 mod queue;
 mod receive;
+mod staging;
 mod transmit;
 
 use std::io;
@@ -23,7 +24,7 @@ use rings::{Corrupt, RingCounters};
 
 use crate::endpoint::Accepts;
 use crate::negotiate::{Accepted, Multicast, Offer, Ports, QueueKeys, RxNotify};
-use crate::proto::CtrlResponse;
+use crate::proto::{CtrlResponse, GrefEntry};
 use crate::stack::Link;
 use control::Control;
 pub use control::HashChoice;
@@ -55,6 +56,15 @@ pub enum CtrlUse {
     Never,
 }
 
+/// Whether a frontend has the backend keep its pages mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StagingUse {
+    /// As many as the backend keeps. It asks over a control ring, which it has then.
+    Offered,
+    /// No.
+    Never,
+}
+
 /// What a frontend asks for; it gets no more than the backend offers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrontOptions {
@@ -68,6 +78,8 @@ pub struct FrontOptions {
     pub split: Split,
     /// Control ring.
     pub ctrl: CtrlUse,
+    /// Pages that the backend keeps mapped.
+    pub staging: StagingUse,
     /// Which group addresses it gets.
     pub multicast: Multicast,
     /// Bytes to leave free before each packet to it, at most 256.
@@ -94,6 +106,7 @@ impl Default for FrontOptions {
             max_ring_page_order: 0,
             split: Split::Offered,
             ctrl: CtrlUse::Never,
+            staging: StagingUse::Never,
             multicast: Multicast::Flood,
             xdp_headroom: 0,
             tx_pages: 256,
@@ -153,6 +166,8 @@ pub struct NetFront {
     offer: Offer,
     mac: Option<[u8; 6]>,
     mtu: u16,
+    /// Of each queue: those of its pages that the backend has said to keep mapped.
+    staged: Vec<Vec<GrefEntry>>,
 }
 
 struct Device {
@@ -184,8 +199,9 @@ impl NetFront {
         let queues = offer.max_queues.min(options.max_queues).max(1);
         let raws = (0..queues).map(|_| Raw::make(guest, node, &offer, options));
         let raws = raws.collect::<io::Result<Vec<_>>>()?;
-        let wanted = offer.ctrl_ring && options.ctrl == CtrlUse::Offered;
-        let control = wanted.then(|| Control::make(guest, node.backend, options.patience));
+        let asks = options.ctrl == CtrlUse::Offered || options.staging == StagingUse::Offered;
+        let control =
+            (offer.ctrl_ring && asks).then(|| Control::make(guest, node.backend, options.patience));
         let control = control.transpose()?;
         let mut chosen = choose(&offer, options, &raws);
         chosen.ctrl = control.as_ref().map(Control::keys);
@@ -194,6 +210,8 @@ impl NetFront {
         let mac = node.front_key(store, "mac").or_else(|| node.back_key(store, "mac"));
         let mtu = node.front_key(store, "mtu").and_then(|mtu| mtu.trim().parse().ok());
         let health = Arc::new(Health::new()?);
+        let backend = node.backend;
+        let pages: Vec<_> = raws.iter().map(Raw::pages).collect();
         let made = raws.into_iter().enumerate().map(|(number, raw)| {
             let name = format!("vif-{devid}.{number}");
             Queue::new(health.clone(), name, raw.transmit, raw.receive, raw.channels).map(Some)
@@ -203,8 +221,14 @@ impl NetFront {
         connection.watch(guest, move |_, _, state| told.told(state))?;
         let control = Mutex::new(control);
         let device = Arc::new(Device { connection, health, queues, control });
+        let staged = match &mut *device.control.lock() {
+            Some(control) if options.staging == StagingUse::Offered => {
+                staging::announce(guest, backend, control, &pages)?
+            }
+            _ => Vec::new(),
+        };
         let (mac, mtu) = (mac.as_deref().and_then(parse_mac), mtu.unwrap_or(MTU));
-        Ok(NetFront { device, chosen, offer, mac, mtu })
+        Ok(NetFront { device, chosen, offer, mac, mtu, staged })
     }
 
     /// The queue `number`, from 0 on. A dropped one can be had again.
@@ -222,6 +246,10 @@ impl NetFront {
     /// How many queues there are.
     pub fn queues(&self) -> usize {
         self.chosen.queues.len()
+    }
+    /// Those of a queue's pages that the backend has said to keep mapped, as it was asked.
+    pub fn staged(&self, queue: usize) -> &[GrefEntry] {
+        self.staged.get(queue).map_or(&[], Vec::as_slice)
     }
     /// What was agreed on.
     pub fn chosen(&self) -> &Accepted {
@@ -350,6 +378,11 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 }
 
 impl Raw {
+    /// The pages of packets from the guest, and to it.
+    fn pages(&self) -> [Arc<dyn GrantedPages>; 2] {
+        [self.transmit.pages().clone(), self.receive.pages().clone()]
+    }
+
     fn make(
         guest: &dyn Guest,
         node: &Node,

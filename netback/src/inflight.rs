@@ -10,6 +10,7 @@ use rings::{PAGE_SIZE, Protocol, Table};
 use crate::kept;
 use crate::negotiate::Accepted;
 use crate::proto::{Ctrl, Rx, Tx};
+use crate::staging::noted;
 
 /// Bytes of the table of a ring of `pages` pages, in whole pages.
 fn table_bytes<P: Protocol>(pages: usize) -> usize {
@@ -26,6 +27,8 @@ pub(crate) struct Lasting {
     pub ctrl: TableMemory,
     /// Of what the guest has said through its rings.
     pub kept: TableMemory,
+    /// Of each queue's pages that are kept mapped; only where there is a control ring to ask for any.
+    pub noted: Vec<TableMemory>,
 }
 
 /// A vif's.
@@ -46,10 +49,13 @@ pub(crate) fn tables(run_dir: &Path, id: &DeviceId, accepted: &Accepted, how: Me
         lens.push(table_bytes::<Tx>(queue.tx_refs.len()));
         lens.push(table_bytes::<Rx>(queue.rx_refs.len()));
     }
-    let Tables { memory, past } = Tables::of(run_dir, id, &identity, &lens, how);
+    let noted = if accepted.ctrl.is_some() { accepted.queues.len() } else { 0 };
+    lens.extend(std::iter::repeat_n(noted::BYTES, noted));
+    let Tables { mut memory, past } = Tables::of(run_dir, id, &identity, &lens, how);
+    let noted = memory.split_off(memory.len() - noted);
     let (pairs, _) = memory.as_chunks();
     let [ctrl, kept] = pairs[0].clone();
-    Lasting { past, queues: pairs[1..].to_vec(), ctrl, kept }
+    Lasting { past, queues: pairs[1..].to_vec(), ctrl, kept, noted }
 }
 
 #[cfg(test)]

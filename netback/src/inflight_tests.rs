@@ -1,6 +1,6 @@
 use super::*;
 use crate::endpoint::Accepts;
-use crate::negotiate::{Multicast, Ports, QueueKeys, RxNotify};
+use crate::negotiate::{CtrlKeys, Multicast, Ports, QueueKeys, RxNotify};
 
 fn id() -> DeviceId {
     DeviceId { kind: "vif", domid: 3, devid: 0 }
@@ -49,4 +49,19 @@ fn those_of_another_connection_are_not_taken() {
     drop(tables(run.path(), &id(), &accepted(5), Meeting::Fresh));
     let other = tables(run.path(), &id(), &accepted(6), Meeting::Attach);
     assert!(matches!(other.past, Past::Lost(why) if why.ends_with("is of another connection")));
+}
+
+#[test]
+fn with_a_control_ring_each_queue_has_room_for_what_is_kept_mapped() {
+    let run = tempfile::tempdir().unwrap();
+    let with = Accepted { ctrl: Some(CtrlKeys { ring_ref: 90, port: 91 }), ..accepted(5) };
+    let made = tables(run.path(), &id(), &with, Meeting::Fresh);
+    assert_eq!((made.noted.len(), made.queues.len()), (2, 2));
+    assert!(made.noted.iter().all(|memory| memory.len() == noted::BYTES));
+    made.noted[1].write(noted::BYTES - 1, &[7]);
+    let found = tables(run.path(), &id(), &with, Meeting::Attach);
+    let mut last = [0];
+    found.noted[1].read(noted::BYTES - 1, &mut last);
+    assert_eq!((found.past, last), (Past::Kept, [7]));
+    assert!(tables(run.path(), &id(), &accepted(5), Meeting::Fresh).noted.is_empty());
 }

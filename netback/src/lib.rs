@@ -32,6 +32,7 @@ mod queue;
 pub mod rx;
 pub mod segment;
 pub mod stack;
+pub mod staging;
 pub mod tx;
 
 pub use backend::{Host, NetBackend, Open, SCRIPT, open_tap};

@@ -10,6 +10,7 @@ use crate::config::Carrier;
 use crate::hash::Spread;
 use crate::kept::Kept;
 use crate::negotiate::Multicast;
+use crate::staging::{Memory, Staging};
 use crate::tx::Group;
 
 /// Most group addresses of one guest (xen-netback's `XEN_NETBK_MCAST_MAX`).
@@ -80,6 +81,7 @@ pub(crate) struct Live {
     changes: AtomicU64,
     wishes: Mutex<Arc<Wishes>>,
     kept: Kept,
+    staging: Box<[Staging<Memory>]>,
 }
 
 /// What one thread has seen of it.
@@ -89,9 +91,15 @@ pub(crate) struct Seen {
 }
 
 impl Live {
-    /// `kept` is where a successor finds what the guest has said through its rings.
-    pub(crate) fn new(wishes: Wishes, kept: Kept) -> Live {
-        Live { changes: AtomicU64::new(0), wishes: Mutex::new(Arc::new(wishes)), kept }
+    /// `kept` is where a successor finds what the guest has said through its rings; `staging` has a
+    /// table for each queue.
+    pub(crate) fn new(wishes: Wishes, kept: Kept, staging: Box<[Staging<Memory>]>) -> Live {
+        Live { changes: AtomicU64::new(0), wishes: Mutex::new(Arc::new(wishes)), kept, staging }
+    }
+
+    /// The pages that each queue keeps mapped.
+    pub(crate) fn staging(&self) -> &[Staging<Memory>] {
+        &self.staging
     }
 
     /// Changes it for all; who looks after this has returned sees it.
@@ -158,7 +166,7 @@ mod tests {
     #[test]
     fn a_change_is_seen_once() {
         let kept = Kept::new(Arc::new(rings::mem::HeapPages::new(1)));
-        let live = Live::new(Wishes::default(), kept);
+        let live = Live::new(Wishes::default(), kept, Box::default());
         let mut seen = live.look();
         assert!(!live.refresh(&mut seen));
         live.change(|wishes| wishes.headroom = 5);

@@ -218,6 +218,23 @@ pub struct CtrlResponse {
     pub data: u32,
 }
 
+/// An entry of a list of pages to be kept mapped (`struct xen_netif_gref`).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct GrefEntry {
+    /// The page.
+    pub gref: u32,
+    /// `GREF_*`
+    pub flags: u16,
+    /// What became of it: one of `CTRL_STATUS_*`.
+    pub status: u16,
+}
+
+/// `XEN_NETIF_CTRLF_GREF_readonly`
+pub const GREF_READONLY: u16 = 1 << 0;
+
 /// `XEN_NETIF_CTRL_TYPE_GET_HASH_FLAGS`
 pub const CTRL_GET_HASH_FLAGS: u16 = 1;
 /// `XEN_NETIF_CTRL_TYPE_SET_HASH_FLAGS`

@@ -21,6 +21,7 @@ use hypervisor::{
 use netback::endpoint::loopback::Loopback;
 use netback::endpoint::named::Plain;
 use netback::endpoint::{Abilities, Accepts, Waits};
+use netback::frontend::StagingUse;
 use netback::{Endpoint, EndpointQueue, Frame, FrontOptions, Host, Pool};
 use rig::{Driver, Rig};
 
@@ -148,13 +149,29 @@ fn run(driver: &mut Driver, count: usize) {
 fn a_hundred_thousand_packets_allocate_nothing_at_either_end() {
     let open = |_: &_| Ok(Box::new(Plain(Telling(Loopback::new(65_535)))) as Box<dyn Host>);
     let rig = Rig::with(Arc::new(open), Uncounted::over, "loopback", &[("mtu", "65535")]);
-    let front = rig.connect(&FrontOptions::default());
-    let mut driver = Driver::new(front.queue(0).expect("a queue"), 128);
-    // All that is made when first needed is made: lists grown.
-    run(&mut driver, 10_000);
-    let before = (COUNT.with(Cell::get), BACKEND.load(Relaxed));
-    run(&mut driver, 100_000);
-    assert_eq!(COUNT.with(Cell::get) - before.0, 0, "allocations of the frontend");
-    assert_eq!(BACKEND.load(Relaxed) - before.1, 0, "allocations of the backend");
-    assert!(before.1 > 0, "the backend's thread is not counted");
+    // A part of the second one's pages are kept mapped, so that packets have both kinds.
+    let mixed = FrontOptions {
+        max_ring_page_order: 1,
+        tx_pages: 512,
+        rx_pages: 512,
+        staging: StagingUse::Offered,
+        ..FrontOptions::default()
+    };
+    for options in [FrontOptions::default(), mixed] {
+        let front = rig.connect(&options);
+        let mut driver = Driver::new(front.queue(0).expect("a queue"), 128);
+        // All that is made when first needed is made: lists grown.
+        run(&mut driver, 10_000);
+        let before = (COUNT.with(Cell::get), BACKEND.load(Relaxed));
+        run(&mut driver, 100_000);
+        assert_eq!(COUNT.with(Cell::get) - before.0, 0, "allocations of the frontend");
+        assert_eq!(BACKEND.load(Relaxed) - before.1, 0, "allocations of the backend");
+        assert!(before.1 > 0, "the backend's thread is not counted");
+        let staged = ["tx_staged", "tx_copied", "rx_staged", "rx_copied"];
+        let staged = staged.map(|name| rig.counter(rig::DEVID, name) > 0);
+        let mixes = options.staging == StagingUse::Offered;
+        assert_eq!(staged, [mixes, true, mixes, true]);
+        drop(driver);
+        front.close().expect("closed");
+    }
 }

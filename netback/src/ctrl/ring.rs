@@ -1,23 +1,26 @@
 //! The thread of a control ring: the queues' threads are kept from waiting for it, and the
 //! device's from waiting for a guest that asks without end.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hypervisor::xenbus::inflight::{Past, TableMemory};
 use hypervisor::xenbus::queue::{Shared, Thread, wait};
 use hypervisor::xenbus::{Fault, Faults};
-use hypervisor::{CopyOp, Direction, DomId, EventChannel, Grants, Hypervisor};
+use hypervisor::{Access, CopyOp, Direction, DomId, EventChannel, GrantRef, Grants, Hypervisor};
 use perf::Handle;
 use rings::{Notify, Pending, RingCounters};
 use rustix::event::{PollFd, PollFlags};
 
-use super::serve;
+use super::{lists, serve};
 use crate::frame::{Frame, Pool};
 use crate::live::Live;
 use crate::negotiate::CtrlKeys;
-use crate::proto::{Ctrl, CtrlRequest, CtrlResponse};
+use crate::proto::{CTRL_ADD_GREF_MAPPING, CTRL_DEL_GREF_MAPPING, Ctrl, CtrlRequest, CtrlResponse};
 use crate::queue::{Ring, attach};
+use crate::staging::Memory;
+use crate::staging::noted::Noted;
 
 /// Requests after which a guest has to wait, and for how long: a driver has a few at a time.
 const BURST: u32 = 64;
@@ -33,6 +36,8 @@ pub(crate) struct Start<'a> {
     pub past: &'a Past,
     pub live: Arc<Live>,
     pub queues: usize,
+    /// Of each queue: which pages a successor is to map.
+    pub noted: Vec<Noted>,
     pub faults: Faults,
     pub counters: Handle<RingCounters>,
 }
@@ -54,6 +59,9 @@ struct Worker {
     shared: Arc<Shared<()>>,
     live: Arc<Live>,
     queues: usize,
+    noted: Vec<Noted>,
+    /// The queue whose pages are more than is noted of them.
+    added: Option<usize>,
 }
 
 impl CtrlRing {
@@ -73,7 +81,7 @@ impl CtrlRing {
         let shared = Shared::new(&())?;
         let mut pool = Pool::new(grants.buffer(Pool::bytes(1))?);
         let copied = pool.take().ok_or_else(|| Fault(format!("{}: no memory", start.name)))?;
-        let worker = Worker {
+        let mut worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
             grants,
@@ -84,7 +92,12 @@ impl CtrlRing {
             shared: shared.clone(),
             live: start.live,
             queues: start.queues,
+            noted: start.noted,
+            added: None,
         };
+        if *start.past == Past::Kept {
+            worker.map_again();
+        }
         let thread = Thread::start(start.name, shared, start.faults, move || worker.run())?;
         Ok(CtrlRing { thread })
     }
@@ -98,18 +111,19 @@ impl CtrlRing {
 impl Worker {
     fn run(mut self) -> Result<(), Fault> {
         while !self.shared.stopping() {
-            let mut served = 0;
+            let mut served = 0u32;
             while served < BURST
                 && let Some(taken) = self.ring.take().map_err(|e| self.failed(&e))?
             {
                 let answer = self.serve(&taken.req);
                 self.ring.respond(taken.slot, &answer);
-                served += 1;
+                served += weight(&taken.req);
             }
             if self.ring.publish() == Notify::Send {
                 self.channel.notify().map_err(|e| self.failed(&e))?;
             }
-            if served == BURST {
+            self.note();
+            if served >= BURST {
                 self.pause()?;
             } else {
                 self.sleep()?;
@@ -123,9 +137,16 @@ impl Worker {
     }
 
     fn serve(&mut self, request: &CtrlRequest) -> CtrlResponse {
+        if lists::is_one(request) {
+            let live = self.live.clone();
+            let served = lists::serve(request, live.staging(), self);
+            self.added = served.added;
+            return served.answer;
+        }
         let now = self.live.look().wishes.spread.clone();
         let queues = self.queues;
-        let served = serve(request, &now, queues, |gref, into| self.read(gref, into));
+        let served =
+            serve(request, &now, queues, |gref, into| lists::Reach::read(self, gref, into));
         // The queues see it before the guest hears that it is done.
         if let Some(spread) = served.spread {
             self.live.change(|wishes| wishes.spread = Arc::new(spread));
@@ -133,23 +154,42 @@ impl Worker {
         served.answer
     }
 
-    /// Copies the beginning of a page of the guest's.
-    fn read(&mut self, gref: u32, into: &mut [u8]) -> bool {
-        self.copied.set_len(into.len());
+    /// Copies between the beginning of a page of the guest's and the frame; whether it could.
+    fn copy(&mut self, gref: GrantRef, direction: Direction) -> bool {
         let mut ops = [CopyOp {
             gref,
             offset: 0,
-            len: into.len() as u16,
+            len: self.copied.len() as u16,
             at: self.copied.at(),
-            direction: Direction::FromGrant,
+            direction,
             status: 0,
         }];
         let copied = self.grants.copy(self.domid, self.pool.buffer(), &mut ops);
-        let good = copied.is_ok() && ops[0].status == 0;
-        if good {
-            into.copy_from_slice(&self.copied);
+        copied.is_ok() && ops[0].status == 0
+    }
+
+    /// Notes pages for a successor once the guest has heard that they are mapped: before, the
+    /// successor is asked for them again, and would refuse what it has.
+    fn note(&mut self) {
+        if let Some(queue) = self.added.take() {
+            self.note_all_but(queue, &HashSet::new());
         }
-        good
+    }
+
+    fn note_all_but(&self, queue: usize, going: &HashSet<GrantRef>) {
+        if let (Some(table), Some(noted)) = (self.live.staging().get(queue), self.noted.get(queue))
+        {
+            noted.save(&table.runs(), going);
+        }
+    }
+
+    /// Maps what a predecessor had.
+    fn map_again(&mut self) {
+        let (live, noted) = (self.live.clone(), std::mem::take(&mut self.noted));
+        for (table, noted) in live.staging().iter().zip(&noted) {
+            noted.restore(table, |refs, access| lists::Reach::map(self, refs, access));
+        }
+        self.noted = noted;
     }
 
     fn pause(&self) -> Result<(), Fault> {
@@ -175,5 +215,47 @@ impl Worker {
             }
         }
         Ok(())
+    }
+}
+
+impl lists::Reach for Worker {
+    type Memory = Memory;
+
+    fn read(&mut self, gref: GrantRef, into: &mut [u8]) -> bool {
+        self.copied.set_len(into.len());
+        let good = self.copy(gref, Direction::FromGrant);
+        if good {
+            into.copy_from_slice(&self.copied);
+        }
+        good
+    }
+
+    fn write(&mut self, gref: GrantRef, from: &[u8]) -> bool {
+        self.copied.set_len(from.len());
+        self.copied.copy_from_slice(from);
+        self.copy(gref, Direction::ToGrant)
+    }
+
+    fn map(&mut self, refs: &[GrantRef], access: Access) -> Option<Memory> {
+        match self.grants.map(self.domid, refs, access) {
+            Ok(mapping) => Memory::of(mapping),
+            Err(e) => {
+                tracing::debug!("{}: mapping {} pages: {e}", self.name, refs.len());
+                None
+            }
+        }
+    }
+
+    /// A successor does not map what the guest takes back now.
+    fn leaving(&mut self, queue: usize, going: &HashSet<GrantRef>) {
+        self.note_all_but(queue, going);
+    }
+}
+
+/// A list may hold as much work as a burst.
+fn weight(request: &CtrlRequest) -> u32 {
+    match request.kind {
+        CTRL_ADD_GREF_MAPPING | CTRL_DEL_GREF_MAPPING => BURST,
+        _ => 1,
     }
 }

@@ -69,6 +69,11 @@ impl Receive {
         })
     }
 
+    /// What packets are copied through.
+    pub(super) fn pages(&self) -> &Arc<dyn GrantedPages> {
+        &self.pages
+    }
+
     /// Puts all free pages into the ring, as far as they fit; the backend sees them when it is
     /// published.
     pub(super) fn post(&mut self) {

@@ -57,6 +57,11 @@ impl Transmit {
         })
     }
 
+    /// What packets are copied through.
+    pub(super) fn pages(&self) -> &Arc<dyn GrantedPages> {
+        &self.pages
+    }
+
     /// Takes the responses that are there.
     pub(super) fn reap(&mut self, totals: &mut Totals) -> Result<(), Fault> {
         while let Some(rsp) = self.ring.take()? {

@@ -77,6 +77,7 @@ fn the_layouts_are_the_headers() {
         status = "status"
     );
     fields!(v, ExtraInfo = "netif_extra_info", kind = "type", flags = "flags", data = "u");
+    fields!(v, GrefEntry = "xen_netif_gref", gref = "ref", flags = "flags", status = "status");
     fields!(v, CtrlRequest = "xen_netif_ctrl_request", id = "id", kind = "type", data = "data");
     fields!(
         v,
@@ -112,7 +113,7 @@ fn the_parts_of_extra_info_are_the_headers() {
 
 #[test]
 fn the_numbers_are_the_headers() {
-    let ours: [(&str, i64); 48] = [
+    let ours: [(&str, i64); 49] = [
         ("NETTXF_csum_blank", TX_CSUM_BLANK.into()),
         ("NETTXF_data_validated", TX_DATA_VALIDATED.into()),
         ("NETTXF_more_data", TX_MORE_DATA.into()),
@@ -147,6 +148,7 @@ fn the_numbers_are_the_headers() {
         ("XEN_NETIF_CTRL_TYPE_GET_GREF_MAPPING_SIZE", CTRL_GET_GREF_MAPPING_SIZE.into()),
         ("XEN_NETIF_CTRL_TYPE_ADD_GREF_MAPPING", CTRL_ADD_GREF_MAPPING.into()),
         ("XEN_NETIF_CTRL_TYPE_DEL_GREF_MAPPING", CTRL_DEL_GREF_MAPPING.into()),
+        ("XEN_NETIF_CTRLF_GREF_readonly", GREF_READONLY.into()),
         ("XEN_NETIF_CTRL_STATUS_SUCCESS", CTRL_STATUS_SUCCESS.into()),
         ("XEN_NETIF_CTRL_STATUS_NOT_SUPPORTED", CTRL_STATUS_NOT_SUPPORTED.into()),
         ("XEN_NETIF_CTRL_STATUS_INVALID_PARAMETER", CTRL_STATUS_INVALID_PARAMETER.into()),

@@ -30,6 +30,7 @@ use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
 use crate::proto::{Rx, RxRequest, Tx};
 use crate::rx::Shape;
+use crate::staging::{Copied, Split};
 use crate::{rx, tx};
 
 /// Packets of one round, each way.
@@ -87,6 +88,7 @@ pub(super) struct Run {
     to_guest: VecDeque<Frame>,
     laid_out: rx::Batch,
     ops: Vec<CopyOp>,
+    split: Split,
     /// Since when frames have been waiting for pages.
     blocked: Option<Instant>,
     /// The limits' waits, each way; what waits for them stays where it is.
@@ -131,13 +133,18 @@ impl Worker {
     }
 
     /// Makes the copies of one direction.
-    fn copy(&mut self) -> Result<(), Fault> {
-        if self.run.ops.is_empty() {
-            return Ok(());
-        }
-        self.grants
-            .copy(self.domid, self.pool.buffer(), &mut self.run.ops)
-            .map_err(|e| self.failed("grant copy", &e))
+    fn copy(&mut self) -> Result<Copied, Fault> {
+        let (Some(staging), false) =
+            (self.live.staging().get(self.number), self.run.ops.is_empty())
+        else {
+            return Ok(Copied::default());
+        };
+        let Run { copied, arrived, ops, split, .. } = &mut self.run;
+        // Those of the direction that it is not are none.
+        let frames = copied.iter_mut().flatten().map(|(frame, _)| frame).chain(arrived);
+        let copied = staging
+            .copy(frames, ops, split, |ops| self.grants.copy(self.domid, self.pool.buffer(), ops));
+        copied.map_err(|e| self.failed("grant copy", &e))
     }
 
     /// Frames that other queues have for this one.

@@ -1,5 +1,5 @@
 //! Fuzz targets against models that share no code with what they judge: slots from the guest, and
-//! requests over the control ring. A model says for each input what must come of it: which packets
+//! requests over the control ring (hashes, and lists of pages to be kept mapped). A model says for each input what must come of it: which packets
 //! leave, which answers the slots get, whether the vif goes on.
 //!
 //! `cargo test` does a run that is the same each time and a short random one. Longer:
@@ -7,6 +7,7 @@
 //! guided by coverage: `cargo bolero test -p ringback-netback slots --sanitizer NONE`.
 
 mod control;
+mod lists;
 mod slots;
 
 /// Bytes that are the same each time.

@@ -7,6 +7,7 @@ mod lifetime;
 mod live;
 mod raw;
 mod rig;
+mod staging;
 mod stream;
 mod watched;
 mod wire;

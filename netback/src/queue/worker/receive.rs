@@ -154,8 +154,10 @@ impl Worker {
 
     /// Makes the copies, answers and publishes.
     fn deliver(&mut self) -> Result<(), Fault> {
-        self.copy()?;
-        self.counters.rx_batches.add(1);
+        let copied = self.copy()?;
+        self.counters.rx_batches.add(copied.calls());
+        self.counters.rx_staged.add(copied.staged);
+        self.counters.rx_copied.add(copied.copied);
         while let Some(frame) = self.run.arrived.pop_front() {
             self.pool.give(frame);
         }

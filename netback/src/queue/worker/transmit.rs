@@ -122,8 +122,10 @@ impl Worker {
         if self.run.packets.packets().is_empty() {
             return Ok(());
         }
-        self.copy()?;
-        self.counters.tx_batches.add(u64::from(!self.run.ops.is_empty()));
+        let copied = self.copy()?;
+        self.counters.tx_batches.add(copied.calls());
+        self.counters.tx_staged.add(copied.staged);
+        self.counters.tx_copied.add(copied.copied);
         let mut packets = std::mem::take(&mut self.run.packets);
         for packet in packets.packets_mut() {
             if let Some(Some((frame, copies))) = self.run.copied.pop_front() {
