@@ -171,6 +171,14 @@ pub enum Bench {
     Nbd(BenchNbd),
     /// vhost-user-blk servers under the blkio crate's client: ours and qemu-storage-daemon.
     Vhost(BenchVhost),
+    /// From a guest's process to a network backend and back, by ring pages and with its pages kept mapped.
+    Net(BenchNet),
+    /// Be the guest of a network bench.
+    #[command(hide = true)]
+    NetGuest {
+        /// What to do.
+        plan: String,
+    },
     /// Be the guest of a bench.
     #[command(hide = true)]
     Guest {
@@ -316,6 +324,61 @@ pub enum Placement {
     Free,
     /// Backends, ours and the peer's, on processor 0; guests and clients on processor 1.
     Pinned,
+}
+
+#[derive(Args)]
+pub struct BenchNet {
+    /// Print one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Length of one measurement.
+    #[arg(long, value_name = "S", default_value = "0.5")]
+    pub seconds: f64,
+    /// Measure each row so often; with and without kept pages alternate.
+    #[arg(long, value_name = "N", default_value = "3")]
+    pub rounds: u32,
+    /// Only rings of so many pages; may be repeated [default: 1, 4 and 16].
+    #[arg(long, value_enum)]
+    pub pages: Vec<BenchPages>,
+    /// Only these packets; may be repeated [default: all].
+    #[arg(long, value_enum)]
+    pub size: Vec<BenchPacket>,
+    /// Set a knob of the backend (see `ringback knobs`); may be repeated.
+    #[arg(long = "set", value_name = "KNOB=VALUE")]
+    pub set: Vec<String>,
+    /// Where the processes run.
+    #[arg(long, value_enum, default_value = "free")]
+    pub place: Placement,
+}
+
+/// Pages of a ring; named by their order.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchPages {
+    /// One, as unmodified frontends have.
+    #[value(name = "1")]
+    Order0,
+    /// Four.
+    #[value(name = "4")]
+    Order2,
+    /// Sixteen.
+    #[value(name = "16")]
+    Order4,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchPacket {
+    /// Frames of 64 bytes.
+    #[value(name = "64")]
+    Small,
+    /// Frames of 1500 bytes.
+    #[value(name = "1500")]
+    Full,
+    /// Unsegmented TCP of 45 segments, 65214 bytes (GSO).
+    #[value(name = "64k")]
+    Gso,
 }
 
 #[derive(Args)]

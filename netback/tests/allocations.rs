@@ -148,15 +148,10 @@ fn run(driver: &mut Driver, count: usize) {
 #[test]
 fn a_hundred_thousand_packets_allocate_nothing_at_either_end() {
     let open = |_: &_| Ok(Box::new(Plain(Telling(Loopback::new(65_535)))) as Box<dyn Host>);
-    let rig = Rig::with(Arc::new(open), Uncounted::over, "loopback", &[("mtu", "65535")]);
-    // A part of the second one's pages are kept mapped, so that packets have both kinds.
-    let mixed = FrontOptions {
-        max_ring_page_order: 1,
-        tx_pages: 512,
-        rx_pages: 512,
-        staging: StagingUse::Offered,
-        ..FrontOptions::default()
-    };
+    let keys = [("mtu", "65535"), ("options", "max_queues=1,staging_grants=32")];
+    let rig = Rig::with(Arc::new(open), Uncounted::over, "loopback", &keys);
+    // Some of the second one's pages are kept mapped, so that its packets have both kinds.
+    let mixed = FrontOptions { staging: StagingUse::Offered, ..FrontOptions::default() };
     for options in [FrontOptions::default(), mixed] {
         let front = rig.connect(&options);
         let mut driver = Driver::new(front.queue(0).expect("a queue"), 128);

@@ -7,6 +7,7 @@ mod front;
 mod host;
 mod load;
 mod nbd;
+mod net;
 mod peer;
 mod qemu;
 mod ring;
@@ -17,6 +18,7 @@ mod vhost;
 use std::path::Path;
 use std::process::ExitCode;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Result;
@@ -30,12 +32,14 @@ pub fn run(bench: &Bench) -> Result {
         Bench::Blk(options) => blk::run(options),
         Bench::Nbd(options) => nbd::run(options),
         Bench::Vhost(options) => vhost::run(options),
+        Bench::Net(options) => net::run(options),
         Bench::Guest { plan } => tell(&front::run(&serde_json::from_str(plan)?)?),
+        Bench::NetGuest { plan } => tell(&net::guest::run(&serde_json::from_str(plan)?)?),
         Bench::Client { plan } => tell(&peer::run(&serde_json::from_str(plan)?)?),
     }
 }
 
-fn tell(measured: &load::Measured) -> Result {
+fn tell(measured: &impl Serialize) -> Result {
     println!("{}", serde_json::to_string(measured)?);
     Ok(ExitCode::SUCCESS)
 }

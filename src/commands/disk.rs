@@ -17,7 +17,7 @@ mod rebase;
 mod resize;
 mod sizes;
 mod snapshot;
-mod work;
+pub(super) mod work;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use hypervisor::EventChannel;
 use hypervisor::xenbus::front::{Health, Stage};
-use rings::{Notify, Pending};
+use rings::{Notify, Pending, RingCounters};
 use rustix::event::epoll;
 
 use super::receive::Receive;
@@ -67,6 +67,13 @@ impl FrontQueue {
     /// What it has counted.
     pub fn totals(&self) -> Totals {
         self.queue.as_ref().map_or_else(Totals::default, |queue| queue.totals)
+    }
+    /// Notifications that it has sent and received.
+    pub fn notifications(&self) -> u64 {
+        let count = |c: &RingCounters| c.notifications_sent.get() + c.notifications_received.get();
+        self.queue.as_ref().map_or(0, |queue| {
+            count(queue.transmit.ring.counters()) + count(queue.receive.ring.counters())
+        })
     }
     /// Whether all that was sent has been answered.
     pub fn is_idle(&mut self) -> io::Result<bool> {

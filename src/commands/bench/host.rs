@@ -1,5 +1,5 @@
-//! Our side of `ringback bench blk`: a hypervisor, a backend and a guest, each a process of its
-//! own, as under `ringback run`.
+//! Our side of `ringback bench blk` and `net`: a hypervisor, a backend and a guest, each a process of
+//! its own, as under `ringback run`.
 
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -14,6 +14,7 @@ use hypervisor::embedded::{HYPERVISOR_SOCKET, Toolstack};
 use hypervisor::xenbus::toolstack::{self, Device};
 use hypervisor::xenbus::{DeviceId, Key};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::front::Plan;
 use super::load::{Load, Measured};
@@ -101,7 +102,7 @@ fn ourselves() -> io::Result<Command> {
 }
 
 /// Runs a process of ours that prints one measurement.
-pub fn measure(mut command: Command, stdin: Stdio) -> io::Result<Measured> {
+pub fn measure<T: DeserializeOwned>(mut command: Command, stdin: Stdio) -> io::Result<T> {
     let mut child = command.stdin(stdin).stdout(Stdio::piped()).spawn()?;
     // The parent's copy of its standard input is in the command.
     drop(command);
@@ -127,21 +128,21 @@ pub struct Served {
     pub poll_us: Option<u32>,
 }
 
-/// A disk that is served by a backend process of ours.
-pub struct Ours {
+/// A hypervisor's process, a guest's domain, and a process with a backend for it.
+pub struct Machine {
     // Ended in this order.
-    backend: Held,
+    pub backend: Held,
     _keep: OwnedFd,
     toolstack: Toolstack,
-    _hypervisor: Held,
+    pub hypervisor: Held,
     domid: DomId,
     run_dir: PathBuf,
-    poll_us: Option<u32>,
 }
 
-impl Ours {
-    /// Starts the processes, with sockets in `folder`, which is removed at the end.
-    pub fn start(folder: &Path, served: &Served) -> io::Result<Ours> {
+impl Machine {
+    /// Starts the processes, with sockets in `folder`, which is removed at the end. `backend` is the
+    /// backend's kind and what else its command says.
+    pub fn start(folder: &Path, backend: &[&str]) -> io::Result<Machine> {
         let run_dir = folder.join("run");
         let mut command = ourselves()?;
         command.arg("--run-dir").arg(&run_dir).args(["hypervisor", "--throw-away"]).arg(folder);
@@ -154,23 +155,51 @@ impl Ours {
         let keep = toolstack.connect_domain(domid)?;
         let mut command = ourselves()?;
         command.arg("--run-dir").arg(&run_dir).arg("--hypervisor").arg(&socket);
-        command.args(["backend", "blk", "--null-disks", "--domid", &domid.to_string()]);
+        command.arg("backend").args(backend).args(["--domid", &domid.to_string()]);
         let backend = Held::spawn(command.stdin(Stdio::null()))?;
-        let poll_us = served.poll_us;
-        let ours = Ours {
-            backend,
-            _keep: keep,
-            toolstack,
-            _hypervisor: hypervisor,
-            domid,
-            run_dir,
-            poll_us,
-        };
-        ours.attach(served)?;
-        Ok(ours)
+        Ok(Machine { backend, _keep: keep, toolstack, hypervisor, domid, run_dir })
     }
 
-    fn attach(&self, served: &Served) -> io::Result<()> {
+    /// Gives the guest a device.
+    pub fn attach(
+        &self,
+        kind: &'static str,
+        devid: u32,
+        (back, front): (&[(&str, &str)], &[(&str, &str)]),
+    ) -> io::Result<()> {
+        let key = |(key, value): &(&str, &str)| -> Key { ((*key).to_owned(), (*value).to_owned()) };
+        let device = Device {
+            id: DeviceId { kind, domid: self.domid, devid },
+            backend: 0,
+            backend_keys: back.iter().map(key).collect(),
+            frontend_keys: front.iter().map(key).collect(),
+        };
+        toolstack::attach(&self.toolstack.store()?, &device)?;
+        Ok(())
+    }
+
+    /// The stats page of a device.
+    pub fn stats(&self, kind: &str, devid: u32) -> PathBuf {
+        self.run_dir.join(format!("{}/{kind}-{devid}.stats", self.domid))
+    }
+
+    /// One measurement by a new guest process of the same domain, which carries out a part of a bench.
+    pub fn measure<T: DeserializeOwned>(&self, name: &str, plan: &impl Serialize) -> io::Result<T> {
+        let domain = self.toolstack.connect_domain(self.domid)?;
+        measure(part(name, plan)?, domain.into())
+    }
+}
+
+/// A disk that is served by a backend process of ours.
+pub struct Ours {
+    machine: Machine,
+    poll_us: Option<u32>,
+}
+
+impl Ours {
+    /// Starts the processes, with sockets in `folder`, which is removed at the end.
+    pub fn start(folder: &Path, served: &Served) -> io::Result<Ours> {
+        let machine = Machine::start(folder, &["blk", "--null-disks"])?;
         let mode = if served.access == Access::ReadWrite { "w" } else { "r" };
         let keys = [
             ("params", served.target.as_str()),
@@ -179,27 +208,20 @@ impl Ours {
             ("hotplug-status", "connected"),
             ("options", served.options.as_str()),
         ];
-        let key = |(key, value): (&str, &str)| -> Key { (key.to_owned(), value.to_owned()) };
-        let device = Device {
-            id: DeviceId { kind: "vbd", domid: self.domid, devid: DEVID },
-            backend: 0,
-            backend_keys: keys.into_iter().map(key).collect(),
-            frontend_keys: vec![key(("virtual-device", &DEVID.to_string()))],
-        };
-        toolstack::attach(&self.toolstack.store()?, &device)?;
-        Ok(())
+        let number = DEVID.to_string();
+        machine.attach("vbd", DEVID, (&keys, &[("virtual-device", &number)]))?;
+        Ok(Ours { machine, poll_us: served.poll_us })
     }
 
     fn plan(&self, load: Load, idle: Option<f64>) -> Plan {
-        let stats = self.run_dir.join(format!("{}/vbd-{DEVID}.stats", self.domid));
-        let (backend_pid, poll_us) = (self.backend.child.id(), self.poll_us);
+        let stats = self.machine.stats("vbd", DEVID);
+        let (backend_pid, poll_us) = (self.machine.backend.child.id(), self.poll_us);
         Plan { devid: DEVID, load, backend_pid, stats, poll_us, idle }
     }
 
     /// One measurement by a new guest process of the same domain.
     pub fn measure(&self, load: Load, idle: Option<f64>) -> io::Result<Measured> {
-        let domain = self.toolstack.connect_domain(self.domid)?;
-        measure(part("guest", &self.plan(load, idle))?, domain.into())
+        self.machine.measure("guest", &self.plan(load, idle))
     }
 }
 
