@@ -246,7 +246,8 @@ impl lists::Reach for Worker {
         }
     }
 
-    /// A successor does not map what the guest takes back now.
+    /// A successor does not map what the guest takes back now. Where this process is killed before it
+    /// has answered, the successor is asked once more and has nothing to remove, as it says of each.
     fn leaving(&mut self, queue: usize, going: &HashSet<GrantRef>) {
         self.note_all_but(queue, going);
     }

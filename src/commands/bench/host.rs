@@ -96,7 +96,8 @@ pub fn until(what: &str, mut is: impl FnMut() -> bool) -> io::Result<()> {
 /// This program, in quiet; it ends with this process.
 fn ourselves() -> io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.env("RINGBACK_LOG", "warn");
+    // That connections are told of no more is no news here: each measurement is one.
+    command.env("RINGBACK_LOG", "warn,hypervisor::xenbus::log_limit=error");
     command.args(["--end-with", &std::process::id().to_string()]);
     Ok(command)
 }

@@ -113,7 +113,7 @@ pub fn run(options: &BenchNet) -> Result {
     for (packet, pages) in pairs {
         let two = bench.rows(packet.packet(), pages.order())?;
         if !options.json {
-            bench.work.end();
+            bench.work.clear();
             two.iter().for_each(print);
         }
         rows.extend(two);

@@ -56,13 +56,20 @@ impl Work {
         }
     }
 
+    /// Takes the line away, so that others can write.
+    pub fn clear(&self) {
+        if self.last.is_some() && self.shows == Shows::Line {
+            eprint!("\r\x1b[K");
+        }
+    }
+
     /// The work is done.
     pub fn end(&mut self) {
         if self.last.is_none() {
             return;
         }
         match self.shows {
-            Shows::Line => eprint!("\r\x1b[K"),
+            Shows::Line => self.clear(),
             Shows::Lines(shown) if shown != 100 => eprintln!("(100.00/100%)"),
             _ => {}
         }
