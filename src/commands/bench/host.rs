@@ -129,6 +129,9 @@ pub struct Served {
     pub poll_us: Option<u32>,
 }
 
+/// A node's keys and their values.
+type Keys<'a> = &'a [(&'a str, &'a str)];
+
 /// A hypervisor's process, a guest's domain, and a process with a backend for it.
 pub struct Machine {
     // Ended in this order.
@@ -166,7 +169,7 @@ impl Machine {
         &self,
         kind: &'static str,
         devid: u32,
-        (back, front): (&[(&str, &str)], &[(&str, &str)]),
+        (back, front): (Keys<'_>, Keys<'_>),
     ) -> io::Result<()> {
         let key = |(key, value): &(&str, &str)| -> Key { ((*key).to_owned(), (*value).to_owned()) };
         let device = Device {
