@@ -11,6 +11,7 @@ pub mod stream;
 pub mod switch;
 pub mod tap;
 pub mod user;
+pub mod vhost_user;
 mod vnet;
 pub mod xdp;
 
@@ -103,6 +104,12 @@ pub trait EndpointQueue: Send {
     /// What to wait for when neither has anything to do.
     fn waits(&self) -> Waits<'_>;
 
+    /// Readable when [`send`](Self::send) takes more; present only while it takes none. For who has no
+    /// descriptor that is [writable](Waits::writable) then.
+    fn room(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Frames dropped since the last call, because nobody took them.
     fn take_dropped(&mut self) -> u64;
 }
@@ -121,6 +128,9 @@ impl<Q: EndpointQueue + ?Sized> EndpointQueue for Box<Q> {
     }
     fn waits(&self) -> Waits<'_> {
         (**self).waits()
+    }
+    fn room(&self) -> Option<BorrowedFd<'_>> {
+        (**self).room()
     }
     fn take_dropped(&mut self) -> u64 {
         (**self).take_dropped()

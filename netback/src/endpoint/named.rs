@@ -9,6 +9,7 @@ use super::loopback::Loopback;
 use super::packet::Packet;
 use super::stream::{Address, Role, Stream};
 use super::user::UserNet;
+use super::vhost_user::VhostUser;
 use super::xdp::Xdp;
 use crate::backend::{Host, open_tap};
 
@@ -30,12 +31,15 @@ impl<E: Endpoint + 'static> Host for Plain<E> {
 /// Packets' length where the node says none.
 const MTU: u16 = 1500;
 
+/// What an address of ours begins with, before a colon.
+const PREFIXES: [&str; 6] =
+    ["packet", "xdp", "stream", "stream-server", "vhost-user", "vhost-user-server"];
+
 /// What a vif's node names: the key `type`; or `bridge`, if it begins as one of these: a toolstack
 /// passes that on as it is.
 fn name(nodes: &Nodes) -> Result<Option<String>, Fault> {
     let is_ours = |text: &String| {
-        text.split_once(':')
-            .is_some_and(|(kind, _)| matches!(kind, "packet" | "xdp" | "stream" | "stream-server"))
+        text.split_once(':').is_some_and(|(kind, _)| PREFIXES.contains(&kind))
     };
     match nodes.own("type")? {
         Some(kind) if !matches!(&*kind, "vif" | "vif_ioemu") => Ok(Some(kind)),
@@ -50,8 +54,9 @@ pub fn is_tap(nodes: &Nodes) -> Result<bool, Fault> {
 
 /// Opens what a vif's node names: `user`, a network in this process; `loopback`, the vif itself;
 /// `packet:IFACE` and `xdp:IFACE`, an interface of the host; `stream:ADDRESS` and
-/// `stream-server:ADDRESS`, a stream socket, its address an absolute path or HOST:PORT; and what
-/// toolstacks write (`vif`, `vif_ioemu`, or nothing), a TAP device.
+/// `stream-server:ADDRESS`, a stream socket, its address an absolute path or HOST:PORT;
+/// `vhost-user:PATH` and `vhost-user-server:PATH`, a switch in user space; and what toolstacks write
+/// (`vif`, `vif_ioemu`, or nothing), a TAP device.
 pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
     let Some(name) = name(nodes)? else { return open_tap(nodes) };
     let mtu = || -> Result<u16, Fault> {
@@ -65,6 +70,12 @@ pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
         })?;
         Ok(Box::new(Plain(Stream::open(role, parsed, mtu()?)?)))
     };
+    let vhost_user = |role, path: &str| -> Result<Box<dyn Host>, Fault> {
+        if !path.starts_with('/') {
+            return Err(Fault(format!("{name}: {path:?} is no absolute path")));
+        }
+        Ok(Box::new(Plain(VhostUser::open(role, path.into(), mtu()?)?)))
+    };
     match name.split_once(':').unwrap_or((&name, "")) {
         ("user", "") => Ok(Box::new(Plain(UserNet::new(mtu()?)))),
         ("loopback", "") => Ok(Box::new(Plain(Loopback::new(mtu()?)))),
@@ -72,9 +83,11 @@ pub fn open(nodes: &Nodes) -> Result<Box<dyn Host>, Fault> {
         ("xdp", interface) => Ok(Box::new(Plain(Xdp::open(interface)?))),
         ("stream", address) => stream(Role::Client, address),
         ("stream-server", address) => stream(Role::Server, address),
+        ("vhost-user", path) => vhost_user(Role::Client, path),
+        ("vhost-user-server", path) => vhost_user(Role::Server, path),
         _ => Err(Fault(format!(
             "type is {name:?}; known are vif, user, loopback, packet:IFACE, xdp:IFACE, \
-             stream:ADDRESS and stream-server:ADDRESS"
+             stream:ADDRESS, stream-server:ADDRESS, vhost-user:PATH and vhost-user-server:PATH"
         ))),
     }
 }

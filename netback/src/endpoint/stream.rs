@@ -7,7 +7,7 @@
 //! the guest's packets up, in the guest's ring.
 
 mod input;
-mod peer;
+pub(super) mod peer;
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};

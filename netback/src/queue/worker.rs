@@ -273,6 +273,7 @@ impl Worker {
             waits.readable.filter(|_| hungry).map_or_else(unused, input),
             self.inbox().filter(|_| hungry).map_or_else(unused, |inbox| input(inbox.fd())),
             waits.writable.map_or_else(unused, output),
+            self.endpoint.room().map_or_else(unused, input),
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();

@@ -58,7 +58,7 @@ impl fmt::Display for Address {
 }
 
 /// How an end comes by its peers.
-pub(super) struct Dial {
+pub(in crate::endpoint) struct Dial {
     address: Address,
     way: Way,
 }
@@ -69,13 +69,17 @@ enum Way {
 }
 
 impl Dial {
-    pub(super) fn new(role: Role, address: Address) -> io::Result<Dial> {
+    pub(in crate::endpoint) fn new(role: Role, address: Address) -> io::Result<Dial> {
         let way = match role {
             Role::Client => targets(&address).map(Way::Connect),
             Role::Server => listener(&address).map(Way::Accept),
         };
         let way = way.map_err(|e| io::Error::new(e.kind(), format!("{address}: {e}")))?;
         Ok(Dial { address, way })
+    }
+
+    pub(in crate::endpoint) fn address(&self) -> &Address {
+        &self.address
     }
 }
 
@@ -118,7 +122,7 @@ fn listener(address: &Address) -> io::Result<OwnedFd> {
 }
 
 /// The other end of a stream.
-pub(super) struct Peer {
+pub(in crate::endpoint) struct Peer {
     dial: Arc<Dial>,
     state: State,
     /// Attempts to connect; they go through the addresses.
@@ -148,12 +152,12 @@ enum State {
 }
 
 impl Peer {
-    pub(super) fn new(dial: Arc<Dial>) -> Peer {
+    pub(in crate::endpoint) fn new(dial: Arc<Dial>) -> Peer {
         Peer { dial, state: State::Away { retry: Instant::now() }, attempts: 0, told: None }
     }
 
     /// The connection, if there is one.
-    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+    pub(in crate::endpoint) fn socket(&self) -> Option<BorrowedFd<'_>> {
         match &self.state {
             State::There(socket) => Some(socket.as_fd()),
             State::Away { .. } | State::Coming { .. } => None,
@@ -161,7 +165,7 @@ impl Peer {
     }
 
     /// Readable when there is something to do.
-    pub(super) fn readable(&self) -> Option<BorrowedFd<'_>> {
+    pub(in crate::endpoint) fn readable(&self) -> Option<BorrowedFd<'_>> {
         match (&self.state, &self.dial.way) {
             (State::There(socket), _) => Some(socket.as_fd()),
             (State::Coming { answered, .. }, _) => Some(answered.as_fd()),
@@ -173,7 +177,7 @@ impl Peer {
     }
 
     /// When there is something to do in any case.
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    pub(in crate::endpoint) fn deadline(&self) -> Option<Instant> {
         match (&self.state, &self.dial.way) {
             (State::Away { retry }, Way::Connect(_)) => Some(*retry),
             (State::Away { retry }, Way::Accept(_)) => {
@@ -184,7 +188,7 @@ impl Peer {
     }
 
     /// Ends the connection. A server takes the next one at once.
-    pub(super) fn lose(&mut self, why: &str) {
+    pub(in crate::endpoint) fn lose(&mut self, why: &str) {
         let pause = match &self.dial.way {
             Way::Accept(_) => Duration::ZERO,
             Way::Connect(_) => RETRY,
@@ -193,7 +197,7 @@ impl Peer {
     }
 
     /// Nobody is there, for a while.
-    fn fail(&mut self, why: &str, pause: Duration) {
+    pub(in crate::endpoint) fn fail(&mut self, why: &str, pause: Duration) {
         let now = Instant::now();
         // A client is told once of each peer that is not there; who comes and goes decides how often.
         let is_new = self.told.is_none_or(|(told, at)| told == Told::Here && now - at >= RETRY);
@@ -220,7 +224,7 @@ impl Peer {
     }
 
     /// Brings a connection about, as far as that goes without waiting.
-    pub(super) fn attend(&mut self) {
+    pub(in crate::endpoint) fn attend(&mut self) {
         let now = Instant::now();
         match std::mem::replace(&mut self.state, State::Away { retry: now }) {
             State::There(socket) => self.state = State::There(socket),
