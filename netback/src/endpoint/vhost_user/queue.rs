@@ -173,6 +173,8 @@ pub(super) struct Queue {
     left: bool,
     /// What a frame was cut into.
     cut: VecDeque<Frame>,
+    /// Buffers that were read, to be lent again.
+    spent: Vec<u16>,
     dropped: u64,
     /// A time that has passed.
     last: Instant,
@@ -183,9 +185,9 @@ impl Queue {
         if number >= ports.len() {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let (wire, cut) = (None, VecDeque::new());
+        let (wire, cut, spent) = (None, VecDeque::new(), Vec::new());
         let (full, left, last) = (false, false, Instant::now());
-        Ok(Queue { ports, number, seen: 0, wire, full, left, cut, dropped: 0, last })
+        Ok(Queue { ports, number, seen: 0, wire, full, left, cut, spent, dropped: 0, last })
     }
 
     /// Takes over what the link's thread has left.
@@ -204,6 +206,7 @@ impl Queue {
     /// The connection is over. What the switch has not read is lost.
     fn part(&mut self) {
         (self.full, self.left) = (false, false);
+        self.spent.clear();
         if let Some(wire) = self.wire.take()
             && wire.owner() == Owner::This
         {
@@ -303,7 +306,7 @@ impl Queue {
             let mut good = frame.grow_front(HEADER.bytes());
             frame.set_len(used.len);
             ring.read(used.number, &mut frame);
-            ring.lend(used.number, LONGEST as u32);
+            self.spent.push(used.number);
             good = good && vnet::take(&mut frame, used.len, HEADER) && makes_sense(&frame);
             if good {
                 frames.push_back(frame);
@@ -332,6 +335,8 @@ impl Queue {
                 return Ok(());
             };
             if looked > 0 {
+                // All at once, and not before: none comes back twice among these.
+                self.spent.drain(..).for_each(|number| input.ring.lend(number, LONGEST as u32));
                 input.ring.disarm();
                 input.publish();
                 // Nobody would come again for what is behind frames that were none.
