@@ -162,7 +162,14 @@ fn a_vif_without_a_device_of_the_host_is_connected_at_once() {
         let node = "store/local/domain/0/backend/vif/7/0/hotplug-status";
         fs::read_to_string(store.path().join(node)).ok()
     };
-    for bridge in ["packet:eth1", "xdp:eth1", "stream:/run/net.sock", "stream-server:[::1]:5000"] {
+    for bridge in [
+        "packet:eth1",
+        "xdp:eth1",
+        "stream:/run/net.sock",
+        "stream-server:[::1]:5000",
+        "vhost-user:/run/vhost.sock",
+        "vhost-user-server:/run/vhost.sock",
+    ] {
         let store = Store::new("", "w");
         assert!(vif(&store, bridge, "online"), "{bridge}");
         assert_eq!(status(&store).as_deref(), Some("connected"));

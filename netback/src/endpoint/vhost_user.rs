@@ -9,12 +9,12 @@
 //! (VIRTIO_NET_F_MRG_RXBUF), and 256 buffers hold 256 frames of any length. What no long frame has used
 //! is no memory.
 //!
-//! **What the switch says is not trusted** ([`ring`]). Where it makes no sense, or the switch goes, the
+//! **What the switch says is not trusted** (`ring`). Where it makes no sense, or the switch goes, the
 //! connection ends: packets are dropped and counted until there is another one, and the guest stays
 //! connected. A client tries again after a second, and later each time if nothing comes of it; a server takes
 //! who comes next.
 //!
-//! Messages go by a thread of the vif's own ([`link`]), for a switch may be slow to answer. Queues look at
+//! Messages go by a thread of the vif's own (`link`), for a switch may be slow to answer. Queues look at
 //! memory alone, and at descriptors before they sleep.
 //!
 //! Checksums and segments are left to the switch where it does them, and done by the queue otherwise. Where

@@ -21,6 +21,8 @@ use crate::{is_summed, opaque, tcp_packet};
 /// Each has a processor to itself: one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
+const NEEDS: &str = "are dpdk-dev, librte-net-vhost23 and librte-mempool-ring23 installed?";
+
 struct TestPmd {
     child: Child,
     lines: Receiver<String>,
@@ -38,17 +40,17 @@ impl TestPmd {
     fn join(path: &Path, queues: usize, device: &str, mode: &str) -> TestPmd {
         let last = std::thread::available_parallelism().map_or(0, |n| n.get() - 1);
         let device = format!("net_vhost0,iface={},queues={queues}{device}", path.display());
-        let mut command = Command::new("dpdk-testpmd");
-        command.args(["--no-huge", "-m", "256", "--no-pci", "--in-memory", "--no-telemetry"]);
+        // What it says to a pipe would stay with it otherwise.
+        let mut command = Command::new("stdbuf");
+        command.args(["-oL", "dpdk-testpmd", "--no-huge", "-m", "256", "--no-pci", "--no-shconf"]);
+        command.arg("--no-telemetry");
         command.args(["--iova-mode=va", "--lcores", &format!("0@(0-{last}),1@(0-{last})")]);
         command.args(["--vdev", &device, "--", "--total-num-mbufs=8192", "--nb-cores=1"]);
-        command.args(["--port-topology=loop", "--no-lsc-interrupt"]);
+        command.args(["--port-topology=loop", "--disable-link-check"]);
         command.args([&format!("--rxq={queues}"), &format!("--txq={queues}")]);
         command.arg(format!("--forward-mode={mode}"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap_or_else(|e| {
-            panic!("dpdk-testpmd: {e}: install dpdk-dev, librte-net-vhost23, librte-mempool-ring23")
-        });
+        let mut child = command.spawn().expect("stdbuf, of coreutils");
         let (out, stdin) = (child.stdout.take().unwrap(), child.stdin.take());
         let (tell, lines) = channel();
         std::thread::spawn(move || {
@@ -68,7 +70,7 @@ impl TestPmd {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let line = self.lines.recv_timeout(left);
-            let line = line.unwrap_or_else(|e| panic!("testpmd: {e}: no {what:?} in {said:#?}"));
+            let line = line.unwrap_or_else(|e| panic!("dpdk-testpmd: {e}: {NEEDS}: {said:#?}"));
             if line.contains(what) {
                 return;
             }
@@ -270,10 +272,10 @@ fn dpdk_answers_pings() {
 #[test]
 fn dpdk_gets_packets_with_checksums_or_makes_them() {
     let _alone = ALONE.lock();
-    for kind in [GsoKind::TcpV4, GsoKind::TcpV6] {
+    for (kind, device) in [(GsoKind::TcpV4, ""), (GsoKind::TcpV6, ""), (GsoKind::TcpV4, ",tso=1")] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vhost.sock");
-        let _pmd = TestPmd::start(&path, 1, "", "macswap");
+        let _pmd = TestPmd::start(&path, 1, device, "macswap");
         let rig = Rig::start(&format!("vhost-user:{}", path.display()), &[]);
         let front = rig.connect(&options(1));
         let mut driver = Driver::new(front.queue(0).unwrap(), 128);
@@ -283,7 +285,8 @@ fn dpdk_gets_packets_with_checksums_or_makes_them() {
         frame.offload.checksum = Checksum::Blank { start: start as u16, offset: 16 };
         frame.offload.gso = Some(Gso { kind, size: 1428 });
         driver.sent.push_back(frame);
-        driver.until_got(30_000_usize.div_ceil(1428));
+        let whole = device.contains("tso");
+        driver.until_got(if whole { 1 } else { 30_000_usize.div_ceil(1428) });
         let mut payload = Vec::new();
         for frame in &driver.got {
             assert!(is_summed(frame, start), "a wrong checksum");

@@ -196,8 +196,8 @@ impl Peer {
         self.fail(why, pause);
     }
 
-    /// Nobody is there, for a while.
-    pub(in crate::endpoint) fn fail(&mut self, why: &str, pause: Duration) {
+    /// Nobody is there, for a while; whether the log was told.
+    pub(in crate::endpoint) fn fail(&mut self, why: &str, pause: Duration) -> bool {
         let now = Instant::now();
         // A client is told once of each peer that is not there; who comes and goes decides how often.
         let is_new = self.told.is_none_or(|(told, at)| told == Told::Here && now - at >= RETRY);
@@ -206,6 +206,7 @@ impl Peer {
             self.told = Some((Told::Gone, now));
         }
         self.state = State::Away { retry: now + pause };
+        is_new
     }
 
     fn meet(&mut self, socket: OwnedFd) {
@@ -231,12 +232,12 @@ impl Peer {
             State::Coming { socket, answered } => match is_answered(&socket) {
                 Ok(true) => self.meet(socket),
                 Ok(false) => self.state = State::Coming { socket, answered },
-                Err(e) => self.fail(&e.to_string(), RETRY),
+                Err(e) => drop(self.fail(&e.to_string(), RETRY)),
             },
             State::Away { retry } => match self.seek(retry, now) {
                 Ok(State::There(socket)) => self.meet(socket),
                 Ok(state) => self.state = state,
-                Err(e) => self.fail(&e.to_string(), RETRY),
+                Err(e) => drop(self.fail(&e.to_string(), RETRY)),
             },
         }
     }

@@ -111,10 +111,12 @@ impl Keeper {
                 End::Stopped => return,
                 End::Gone(why) => self.peer.lose(&why),
                 End::Bad(why) => {
-                    tracing::warn!("{}: {why}", self.dial.address());
                     let pause = PAUSE * (1 << self.failures.min(DOUBLED));
                     self.failures = self.failures.saturating_add(1);
-                    self.peer.fail(&why, pause);
+                    // The pause sees to it that there are few of these.
+                    if !self.peer.fail(&why, pause) {
+                        tracing::warn!("{}: {why}; nothing comes of it", self.dial.address());
+                    }
                 }
             }
         }

@@ -159,7 +159,6 @@ impl<M: SharedMem> Ring<M> {
     }
 
     /// Shows the device what was lent; whether it wants to be told.
-    #[must_use]
     pub(super) fn publish(&mut self) -> Notify {
         let (new, old) = (self.lent, self.shown);
         if new == old {
@@ -221,7 +220,6 @@ impl<M: SharedMem> Ring<M> {
     }
 
     /// Asks to be told of the next buffer that comes back; whether there is one already.
-    #[must_use]
     pub(super) fn arm(&mut self) -> Pending {
         self.wanted = Wanted::Yes;
         match self.events {
