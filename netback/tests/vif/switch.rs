@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{Ordering, fence};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
@@ -172,10 +173,23 @@ impl Switch {
         Some((number, half(&bytes, 0) - self.at, len))
     }
 
-    /// Gives a buffer back.
+    /// Gives a buffer back, and calls if it is asked to.
     pub(crate) fn used(&mut self, ring: usize, id: u32, len: u32) {
+        let old = self.rings[ring].used;
         self.entry(ring, id, len);
-        self.index(ring, self.rings[ring].used);
+        let new = self.rings[ring].used;
+        let [_, used, avail] = self.rings[ring].parts;
+        self.write(used + 2, &new.to_le_bytes());
+        fence(Ordering::SeqCst);
+        let is_asked = if self.features & EVENT_IDX != 0 {
+            let event = self.short(avail + 4 + 2 * u64::from(BUFFERS));
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.short(avail) & 1 == 0
+        };
+        if is_asked {
+            self.call(ring);
+        }
     }
     /// Writes of a buffer that it was given back, and does not show it.
     pub(crate) fn entry(&mut self, ring: usize, id: u32, len: u32) {
@@ -188,6 +202,9 @@ impl Switch {
     pub(crate) fn index(&mut self, ring: usize, index: u16) {
         let [_, used, _] = self.rings[ring].parts;
         self.write(used + 2, &index.to_le_bytes());
+        self.call(ring);
+    }
+    fn call(&mut self, ring: usize) {
         let call = self.rings[ring].call.as_mut().unwrap();
         // Where hundreds were not heard it is enough.
         let full = |e: &std::io::Error| e.kind() == std::io::ErrorKind::WouldBlock;

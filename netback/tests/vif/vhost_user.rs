@@ -210,10 +210,11 @@ fn a_full_ring_waits_for_the_switch() {
     for offered in [PLAIN, PLAIN & !EVENT_IDX] {
         let folder = tempfile::tempdir().unwrap();
         let rig = server(&socket(&folder));
-        let front = rig.connect(&queues(1));
+        let front = rig.connect(&queues(2));
         let mut switch = Switch::connect(&socket(&folder), offered, 1);
         switch.start(2);
         let mut driver = Driver::new(front.queue(0).unwrap(), 1024);
+        let mut other = Driver::new(front.queue(1).unwrap(), 64);
         meet(&mut driver, &mut switch, RECEIVE, &opaque(1, 60));
         for seed in 0..900 {
             let frame = driver.frame(&opaque(seed, 64));
@@ -224,13 +225,16 @@ fn a_full_ring_waits_for_the_switch() {
             rig.counter(DEVID, "tx_packets") > BUFFERS.into()
         });
         std::thread::sleep(std::time::Duration::from_millis(50));
+        // Another queue, which sends by the same ring, does not wait.
+        drops(&rig, &mut other);
+        let dropped = rig.counter(DEVID, "tx_dropped_host");
         for seed in 0..900 {
             driver.turn();
             let got = switch.got();
             assert!(got[HEADER..] == opaque(seed, 64)[..], "packet {seed}");
         }
-        assert_eq!(rig.counter(DEVID, "tx_dropped_host"), 0);
-        drop(driver);
+        assert_eq!(rig.counter(DEVID, "tx_dropped_host"), dropped);
+        drop((driver, other));
         front.close().unwrap();
     }
 }

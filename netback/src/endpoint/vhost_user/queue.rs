@@ -247,7 +247,10 @@ impl Queue {
         let ports = Arc::clone(&self.ports);
         let mut output = output.lock();
         output.reap()?;
-        output.vring.ring.disarm();
+        // Who waits for room is the owner.
+        if whose == Owner::This {
+            output.vring.ring.disarm();
+        }
         while !frames.is_empty() {
             if !self.prepare(frames, pool) {
                 continue;
