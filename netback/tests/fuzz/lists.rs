@@ -22,7 +22,7 @@ fn is_granted(gref: u32) -> bool {
     gref < 48 && gref % 8 != 7
 }
 fn is_writable(gref: u32) -> bool {
-    gref % 3 != 0
+    !gref.is_multiple_of(3)
 }
 
 /// As plain as can be: of each queue the pages that were mapped together.
