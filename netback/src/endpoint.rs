@@ -80,7 +80,9 @@ pub struct Waits<'a> {
     pub readable: Option<BorrowedFd<'a>>,
     /// Writable when [`EndpointQueue::send`] takes more; present only while it takes none.
     pub writable: Option<BorrowedFd<'a>>,
-    /// When `receive` is to be called without either.
+    /// Readable when `send` takes more, likewise: of those who are told so by another descriptor.
+    pub room: Option<BorrowedFd<'a>>,
+    /// When `receive`, or while it takes none `send`, is to be called without any of them.
     pub deadline: Option<Instant>,
 }
 
@@ -104,12 +106,6 @@ pub trait EndpointQueue: Send {
     /// What to wait for when neither has anything to do.
     fn waits(&self) -> Waits<'_>;
 
-    /// Readable when [`send`](Self::send) takes more; present only while it takes none. For who has no
-    /// descriptor that is [writable](Waits::writable) then.
-    fn room(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
     /// Frames dropped since the last call, because nobody took them.
     fn take_dropped(&mut self) -> u64;
 }
@@ -128,9 +124,6 @@ impl<Q: EndpointQueue + ?Sized> EndpointQueue for Box<Q> {
     }
     fn waits(&self) -> Waits<'_> {
         (**self).waits()
-    }
-    fn room(&self) -> Option<BorrowedFd<'_>> {
-        (**self).room()
     }
     fn take_dropped(&mut self) -> u64 {
         (**self).take_dropped()

@@ -38,9 +38,8 @@ const PREFIXES: [&str; 6] =
 /// What a vif's node names: the key `type`; or `bridge`, if it begins as one of these: a toolstack
 /// passes that on as it is.
 fn name(nodes: &Nodes) -> Result<Option<String>, Fault> {
-    let is_ours = |text: &String| {
-        text.split_once(':').is_some_and(|(kind, _)| PREFIXES.contains(&kind))
-    };
+    let is_ours =
+        |text: &String| text.split_once(':').is_some_and(|(kind, _)| PREFIXES.contains(&kind));
     match nodes.own("type")? {
         Some(kind) if !matches!(&*kind, "vif" | "vif_ioemu") => Ok(Some(kind)),
         _ => Ok(nodes.own("bridge")?.filter(is_ours)),

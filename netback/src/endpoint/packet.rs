@@ -183,7 +183,7 @@ impl EndpointQueue for PacketQueue {
 
     fn waits(&self) -> Waits<'_> {
         let socket: BorrowedFd<'_> = self.socket.as_fd();
-        Waits { readable: Some(socket), writable: self.full.then_some(socket), deadline: None }
+        Waits { readable: Some(socket), writable: self.full.then_some(socket), ..Waits::default() }
     }
 
     fn take_dropped(&mut self) -> u64 {

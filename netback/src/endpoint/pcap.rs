@@ -10,7 +10,6 @@ mod file;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,9 +98,6 @@ impl EndpointQueue for Recording {
 
     fn waits(&self) -> Waits<'_> {
         self.below.waits()
-    }
-    fn room(&self) -> Option<BorrowedFd<'_>> {
-        self.below.room()
     }
     fn take_dropped(&mut self) -> u64 {
         self.below.take_dropped()

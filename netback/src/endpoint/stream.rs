@@ -198,6 +198,7 @@ impl EndpointQueue for StreamQueue {
             readable: self.peer.readable(),
             writable: self.peer.socket().filter(|_| self.full),
             deadline: ready.or(self.peer.deadline()),
+            ..Waits::default()
         }
     }
 

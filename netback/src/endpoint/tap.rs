@@ -171,7 +171,7 @@ impl EndpointQueue for TapQueue {
 
     fn waits(&self) -> Waits<'_> {
         let end: BorrowedFd<'_> = self.end.as_fd();
-        Waits { readable: Some(end), writable: self.full.then_some(end), deadline: None }
+        Waits { readable: Some(end), writable: self.full.then_some(end), ..Waits::default() }
     }
 
     fn take_dropped(&mut self) -> u64 {

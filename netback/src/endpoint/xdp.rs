@@ -360,7 +360,8 @@ impl EndpointQueue for XdpQueue {
         // The kernel says that it has room where it had little; of a driver that is busy it says nothing.
         let writable = own.filter(|_| self.full && many);
         let again = self.full || some && !self.down;
-        Waits { readable, writable, deadline: again.then(|| Instant::now() + RETRY) }
+        let deadline = again.then(|| Instant::now() + RETRY);
+        Waits { readable, writable, deadline, ..Waits::default() }
     }
 
     fn take_dropped(&mut self) -> u64 {

@@ -302,6 +302,6 @@ impl Queue {
     }
 
     fn waits(&self) -> Waits<'_> {
-        Waits { readable: Some(self.any.as_fd()), writable: None, deadline: self.room_since }
+        Waits { readable: Some(self.any.as_fd()), deadline: self.room_since, ..Waits::default() }
     }
 }

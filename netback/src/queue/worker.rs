@@ -210,8 +210,9 @@ impl Worker {
     /// When to wake without an event.
     fn deadline(&self) -> Option<Duration> {
         let stall = self.run.blocked.map(|since| since + self.stall);
-        // What the endpoint has for the guest has to wait as well.
-        let endpoint = self.endpoint.waits().deadline.filter(|_| self.is_hungry());
+        // What the endpoint has for the guest has to wait as well, but not what the guest has for it.
+        let asks = self.is_hungry() || self.has_output();
+        let endpoint = self.endpoint.waits().deadline.filter(|_| asks);
         let at = [stall, endpoint].into_iter().flatten().min();
         let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
         // The clock is read only for what hangs on it.
@@ -273,7 +274,7 @@ impl Worker {
             waits.readable.filter(|_| hungry).map_or_else(unused, input),
             self.inbox().filter(|_| hungry).map_or_else(unused, |inbox| input(inbox.fd())),
             waits.writable.map_or_else(unused, output),
-            self.endpoint.room().map_or_else(unused, input),
+            waits.room.map_or_else(unused, input),
         ];
         wait(&mut fds, timeout)?;
         let ready = |n: usize| !fds[n].revents().is_empty();

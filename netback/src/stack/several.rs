@@ -74,7 +74,7 @@ impl<Q: EndpointQueue> EndpointQueue for Several<Q> {
 
     fn waits(&self) -> Waits<'_> {
         let deadline = self.queues.iter().filter_map(|queue| queue.waits().deadline).min();
-        Waits { readable: Some(self.any.as_fd()), writable: None, deadline }
+        Waits { readable: Some(self.any.as_fd()), deadline, ..Waits::default() }
     }
 
     fn take_dropped(&mut self) -> u64 {

@@ -399,12 +399,13 @@ impl EndpointQueue for Queue {
     }
 
     fn waits(&self) -> Waits<'_> {
-        let arrived = self.ports[self.number].arrived.as_fd();
-        Waits { readable: Some(arrived), writable: None, deadline: self.left.then_some(self.last) }
-    }
-
-    fn room(&self) -> Option<BorrowedFd<'_>> {
-        self.full.then(|| self.ports[self.number].room.as_fd())
+        let port = &self.ports[self.number];
+        Waits {
+            readable: Some(port.arrived.as_fd()),
+            room: self.full.then(|| port.room.as_fd()),
+            deadline: self.left.then_some(self.last),
+            ..Waits::default()
+        }
     }
 
     fn take_dropped(&mut self) -> u64 {
