@@ -203,6 +203,12 @@ impl Queue {
         self.wire = new;
     }
 
+    /// Whether the link's thread has left something new. Asked after a bell was stilled: it may have
+    /// been for that.
+    fn is_behind(&self) -> bool {
+        self.ports[self.number].version.load(Ordering::Acquire) != self.seen
+    }
+
     /// The connection is over. What the switch has not read is lost.
     fn part(&mut self) {
         (self.full, self.left) = (false, false);
@@ -335,6 +341,7 @@ impl Queue {
             let arrived = &self.ports[self.number].arrived;
             let Some(input) = self.wire.as_mut().and_then(|wire| wire.input.as_mut()) else {
                 arrived.still();
+                self.left = self.is_behind();
                 return Ok(());
             };
             if looked > 0 {
@@ -348,6 +355,7 @@ impl Queue {
             }
             arrived.still();
             if input.ring.arm() == Pending::Nothing {
+                self.left = self.is_behind();
                 return Ok(());
             }
             if frames.len() >= most || pool.free() == 0 {
@@ -374,6 +382,9 @@ impl EndpointQueue for Queue {
         }
         match sent {
             Ok(Sent::Full) if self.wire.as_ref().is_some_and(|w| w.owner() == Owner::This) => {
+                if self.is_behind() {
+                    return self.send(frames, pool);
+                }
                 self.full = true;
                 return Ok(());
             }
