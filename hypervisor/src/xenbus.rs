@@ -1,6 +1,6 @@
 //! The handshake of a device's two ends through xenstore (Xen's `io/xenbus.h`).
 //!
-//! [`machine`] decides, as a pure function of what is seen; [`server`] looks, calls the device and
+//! [`machine`] decides, as a pure function of what is seen; `server` looks, calls the device and
 //! writes. Backends implement [`Backend`] and [`Device`] and are run by [`serve`]. What devices of
 //! all kinds have alike beside it is here too: [`keys`], [`knobs`], [`queue`] threads, [`Stats`],
 //! and a frontend's [`Connection`](front::Connection).

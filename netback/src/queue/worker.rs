@@ -134,11 +134,12 @@ impl Worker {
 
     /// Makes the copies of one direction.
     fn copy(&mut self) -> Result<Copied, Fault> {
-        let (Some(staging), false) =
-            (self.live.staging().get(self.number), self.run.ops.is_empty())
-        else {
+        if self.run.ops.is_empty() {
             return Ok(Copied::default());
-        };
+        }
+        let staging = self.live.staging().get(self.number);
+        // Every queue has one; packets that nobody has copied must never go on.
+        let staging = staging.ok_or_else(|| Fault(format!("{}: no table of pages", self.name)))?;
         let Run { copied, arrived, ops, split, .. } = &mut self.run;
         // Those of the direction that it is not are none.
         let frames = copied.iter_mut().flatten().map(|(frame, _)| frame).chain(arrived);
