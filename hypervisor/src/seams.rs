@@ -177,6 +177,39 @@ pub struct CopyOp {
     pub status: i16,
 }
 
+/// Where the bytes of a [`Transfer`] come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A [`Buffer`], from this byte on.
+    Buffer(usize),
+    /// A page that a domain, mostly another one than the target's, has granted.
+    Page {
+        /// Whose.
+        domid: DomId,
+        /// The granted page.
+        gref: GrantRef,
+        /// First byte within the page; `offset + len` is at most 4096.
+        offset: u16,
+    },
+}
+
+/// One copy into a granted page from wherever this domain may read: GNTTABOP_copy with
+/// `GNTCOPY_dest_gref`, and with `GNTCOPY_source_gref` or without. The pages may be the same one.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// From here.
+    pub source: Source,
+    /// The granted page that is written.
+    pub gref: GrantRef,
+    /// First byte within the page; `offset + len` is at most 4096.
+    pub offset: u16,
+    /// Bytes.
+    pub len: u16,
+    /// Set by the copy: GNTST_okay (0) or a negative GNTST_* of grant_table.h, which does not say
+    /// of which page.
+    pub status: i16,
+}
+
 /// Using what other domains granted. Every call takes a batch.
 pub trait Grants: Send {
     /// Maps a batch as one contiguous run, all or nothing, as gntdev is: on an error nothing is
@@ -185,12 +218,15 @@ pub trait Grants: Send {
     /// Copies a batch. `Err` means that nothing can be said of any of them; otherwise each
     /// operation has its own `status`. A range outside `buffer` or the page is an `Err`.
     fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()>;
+    /// Copies a batch into pages of `domid`, from `buffer` and from other domains' pages in one step;
+    /// otherwise as [`copy`](Self::copy).
+    fn transfer(&self, domid: DomId, buffer: &Buffer, ops: &mut [Transfer]) -> io::Result<()>;
     /// Memory for the local end of copies, page-aligned, zeroed.
     fn buffer(&self, len: usize) -> io::Result<Buffer>;
 }
 
 /// One end of an event channel.
-pub trait EventChannel: Send {
+pub trait EventChannel: Send + Sync {
     /// Raises the event at the other end. Never blocks.
     fn notify(&self) -> io::Result<()>;
     /// Readable when the other end has notified since the last [`acknowledge`](Self::acknowledge).

@@ -38,6 +38,8 @@ perf::counters! {
         tx_staged: Counter [slots],
         /// ... by grant copy.
         tx_copied: Counter [slots],
+        /// Packets that went straight into another guest's pages.
+        tx_crossed: Counter [packets],
         /// Packets to the guest.
         rx_packets: Counter [packets],
         /// Their bytes.
@@ -72,6 +74,8 @@ perf::counters! {
         rx_staged: Counter [slots],
         /// ... by grant copy.
         rx_copied: Counter [slots],
+        /// Packets that the thread of another vif's queue has put into the guest's pages.
+        rx_crossed: Counter [packets],
         /// Times the guest gave no pages for too long.
         rx_stalls: Counter [stalls],
         /// Times the queue's thread went to sleep.

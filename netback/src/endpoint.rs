@@ -18,10 +18,12 @@ pub mod xdp;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::config::Carrier;
 use crate::frame::{Frame, Pool};
+pub use crate::queue::door::{Crossing, Door};
 
 /// What an endpoint can take over from, or leave to, the guest's end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,6 +105,18 @@ pub trait EndpointQueue: Send {
         pool: &mut Pool,
     ) -> io::Result<()>;
 
+    /// The way to this queue's guest, for an endpoint that lets other vifs copy straight to it.
+    fn meet(&mut self, _: &Arc<Door>) {}
+
+    /// Whether [`cross`](Self::cross) is of any use.
+    fn crosses(&self) -> bool {
+        false
+    }
+
+    /// Copies frames from the front straight into the pages of other vifs' guests. What it does not take
+    /// stays, in order: [`send`](Self::send) is for the rest.
+    fn cross(&mut self, _: &mut VecDeque<Frame>, _: &mut Crossing<'_>) {}
+
     /// What to wait for when neither has anything to do.
     fn waits(&self) -> Waits<'_>;
 
@@ -121,6 +135,15 @@ impl<Q: EndpointQueue + ?Sized> EndpointQueue for Box<Q> {
         pool: &mut Pool,
     ) -> io::Result<()> {
         (**self).receive(frames, room, pool)
+    }
+    fn meet(&mut self, door: &Arc<Door>) {
+        (**self).meet(door);
+    }
+    fn crosses(&self) -> bool {
+        (**self).crosses()
+    }
+    fn cross(&mut self, frames: &mut VecDeque<Frame>, crossing: &mut Crossing<'_>) {
+        (**self).cross(frames, crossing);
     }
     fn waits(&self) -> Waits<'_> {
         (**self).waits()

@@ -31,6 +31,11 @@ impl Filter {
         Ok(Filter { guard: Guard::new(config.antispoof, addresses)?, vlan: Vlan::new(config.vlan) })
     }
 
+    /// Whether everything passes as it is.
+    pub fn is_off(&self) -> bool {
+        self.guard.is_none() && self.vlan.is_none()
+    }
+
     /// Looks at a frame of the guest, and tags it.
     pub fn from_guest(&self, frame: &mut Frame) -> Result<(), Refused> {
         if self.guard.as_ref().is_some_and(|guard| !guard.permits(frame)) {

@@ -15,6 +15,9 @@ use crate::hash::Hash;
 pub const HEADROOM: usize = 64;
 /// Longest frame: an unsegmented packet of 65535 bytes with its Ethernet header and a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 18;
+/// So many bytes of a long frame are looked at before the rest is copied: more than any headers have
+/// that Linux makes.
+pub(crate) const HEAD: usize = 256;
 /// Distance of two frames' memory: whole pages, an odd number of them, so that the headers of short
 /// frames do not all meet in the same lines of the second cache.
 ///
@@ -85,6 +88,9 @@ pub struct Frame {
     pub offload: Offload,
     /// Its hash, where one was asked for or told.
     pub hash: Option<Hash>,
+    /// Of a frame whose bytes but for the first [`HEAD`] are still in a guest's pages: its packet in
+    /// the batch. No endpoint is handed such a frame.
+    pub(crate) beyond: Option<usize>,
 }
 
 impl Frame {
@@ -172,6 +178,7 @@ impl Pool {
             len: 0,
             offload: Offload::default(),
             hash: None,
+            beyond: None,
         };
         // The one given back last is taken first: its memory is in the cache.
         let frames = arena.buffer.len().saturating_sub(FIRST) / STRIDE;
@@ -219,7 +226,7 @@ impl Pool {
     pub fn take(&mut self) -> Option<Frame> {
         let mut frame = self.free.pop()?;
         (frame.start, frame.len) = (HEADROOM, 0);
-        (frame.offload, frame.hash) = (Offload::default(), None);
+        (frame.offload, frame.hash, frame.beyond) = (Offload::default(), None, None);
         Some(frame)
     }
 

@@ -38,7 +38,7 @@ pub mod tx;
 pub use backend::{Host, NetBackend, Open, SCRIPT, open_tap};
 pub use config::Config;
 pub use counters::QueueCounters;
-pub use endpoint::named::open;
+pub use endpoint::named::opener;
 pub use endpoint::{Endpoint, EndpointQueue};
 pub use frame::{Frame, Pool};
 pub use frontend::{FrontOptions, FrontQueue, NetFront};

@@ -47,6 +47,11 @@ impl Mailbox {
         self.wake.as_fd()
     }
 
+    /// Whether nothing waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.packets.lock().waiting.is_empty()
+    }
+
     /// Copies a frame into it; whether there was room.
     pub(crate) fn put(&self, frame: &Frame) -> bool {
         let mut packets = self.packets.lock();

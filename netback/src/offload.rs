@@ -8,6 +8,9 @@ use crate::frame::{Checksum, Frame, Gso, GsoKind, Offload, Pool};
 use crate::segment;
 use crate::tx::Claim;
 
+/// The longest TCP header (RFC 9293).
+const TCP_HEADER_MOST: usize = 60;
+
 /// What the holder behind can be left to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Leaves {
@@ -41,6 +44,18 @@ impl Leaves {
     fn gso(&self, kind: GsoKind) -> bool {
         if kind == GsoKind::TcpV4 { self.tso4 } else { self.tso6 }
     }
+    /// Whether everything can be left.
+    pub fn is_all(&self) -> bool {
+        self.checksum4 && self.checksum6 && self.tso4 && self.tso6
+    }
+    /// Whether a frame can be left as it is.
+    pub fn takes(&self, frame: &Frame) -> bool {
+        match (frame.offload.gso, frame.offload.checksum) {
+            (Some(gso), _) => self.gso(gso.kind),
+            (None, Checksum::Blank { .. }) => self.checksum4 && self.checksum6,
+            (None, Checksum::Unknown | Checksum::Valid) => true,
+        }
+    }
 }
 
 /// A checksum or a segmentation that cannot be done: the headers do not have what it takes.
@@ -64,6 +79,16 @@ pub fn claimed(frame: &mut [u8], claim: Claim, gso: Option<Gso>) -> Result<Offlo
             blank(frame, &layers, None)
         }
     }
+}
+
+/// Whether [`claimed`] looks at and changes the first `head` bytes of a frame only.
+pub fn is_told_by_head(frame: &[u8], head: usize, claim: Claim, gso: Option<Gso>) -> bool {
+    if gso.is_none() && claim != Claim::Blank {
+        return true;
+    }
+    // Padding needs all bytes to be summed. What leaves the head may not be there.
+    Layers::of(frame)
+        .is_some_and(|layers| layers.end == frame.len() && layers.start + TCP_HEADER_MOST <= head)
 }
 
 fn blank(frame: &mut [u8], layers: &Layers, gso: Option<Gso>) -> Result<Offload, Impossible> {

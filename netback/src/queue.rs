@@ -1,9 +1,12 @@
 //! One queue of a vif: its thread, and how the device's control reaches it.
 
+pub mod door;
+mod to_guest;
 mod worker;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hypervisor::xenbus::inflight::{Past, TableMemory};
 use hypervisor::xenbus::queue::{Shared, Thread};
@@ -24,10 +27,14 @@ use crate::live::Live;
 use crate::mailbox::Mailbox;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
+use door::Doorkeeper;
+use to_guest::ToGuest;
 use worker::{Run, Worker};
 
 /// Frames of one queue, both ways.
 const FRAMES: usize = 256;
+/// Packets of one round, each way.
+const BATCH: usize = 64;
 
 /// What can change while a queue runs by an operator's hand: the knobs, and the filter that they make.
 #[derive(Clone)]
@@ -105,6 +112,16 @@ pub(crate) struct Start<'a> {
     pub counters: Handle<QueueCounters>,
 }
 
+/// How long frames wait for the guest's pages.
+fn stall(config: &Config) -> Duration {
+    Duration::from_secs(config.rx_stall_s.into())
+}
+
+/// What has ended a queue.
+fn fault(name: &str, what: impl std::fmt::Display) -> Fault {
+    Fault(format!("{name}: {what}"))
+}
+
 /// A running queue; stopped when dropped.
 pub(crate) struct Queue {
     thread: Thread<Settings>,
@@ -161,13 +178,32 @@ impl Queue {
         }
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
         let shared = Shared::new(start.settings)?;
+        let channels = Arc::new(channels);
+        let door = Doorkeeper::new(ToGuest {
+            name: start.name.clone(),
+            domid: start.domid,
+            ring: rx,
+            channels: channels.clone(),
+            counters: start.counters.clone(),
+            number: start.number,
+            inboxes: start.inboxes.clone(),
+            live: start.live.clone(),
+            seen: start.live.look(),
+            accepts: start.accepts,
+            leaves: start.accepts.into(),
+            limits: start.limits.clone(),
+            filter: start.settings.filter.clone(),
+            stall: stall(&start.settings.config),
+            run: to_guest::Run::default(),
+        });
+        start.endpoint.meet(door.door());
         let hold = Arc::new(Hold::new(start.output));
         let worker = Worker {
             name: start.name.clone(),
             domid: start.domid,
             grants,
             tx,
-            rx,
+            door,
             channels,
             endpoint: start.endpoint,
             pool,
@@ -178,14 +214,11 @@ impl Queue {
             inboxes: start.inboxes,
             seen: start.live.look(),
             live: start.live,
-            accepts: start.accepts,
             leaves_host: start.leaves_host,
-            leaves_guest: start.accepts.into(),
             rx_notify: start.rx_notify,
             limits: start.limits,
             filter: start.settings.filter.clone(),
             poller: Poller::new(start.settings.config.poll_us),
-            stall: std::time::Duration::from_secs(start.settings.config.rx_stall_s.into()),
             run: Run::default(),
         };
         let placement = start.settings.config.placement.clone();

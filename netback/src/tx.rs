@@ -120,6 +120,19 @@ struct Piece {
     len: u16,
 }
 
+/// Bytes of a packet in one of the guest's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The granted page.
+    pub gref: u32,
+    /// First byte in it.
+    pub offset: u16,
+    /// Bytes, above 0.
+    pub len: u16,
+    /// The first one's place in the packet.
+    pub at: usize,
+}
+
 /// What the next slot has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expect {
@@ -326,23 +339,34 @@ impl Batch {
         }
     }
 
-    /// Appends the copies that bring a packet's bytes to `at` in the local buffer. Slots without
-    /// bytes need none.
-    pub fn copies(&self, packet: &Packet, at: usize, ops: &mut Vec<CopyOp>) {
-        let mut at = at;
-        for piece in &self.pieces[packet.pieces.clone()] {
-            if piece.len > 0 {
-                ops.push(CopyOp {
-                    gref: piece.gref,
-                    offset: piece.offset,
-                    len: piece.len,
-                    at,
-                    direction: Direction::FromGrant,
-                    status: 0,
-                });
-                at += usize::from(piece.len);
-            }
-        }
+    /// Where some bytes of a packet lie in the guest's pages, in order. Slots without bytes have none.
+    pub fn parts(&self, packet: &Packet, bytes: Range<usize>) -> impl Iterator<Item = Part> {
+        let mut first = 0;
+        self.pieces[packet.pieces.clone()].iter().filter_map(move |piece| {
+            let mine = first..first + usize::from(piece.len);
+            first = mine.end;
+            let (from, to) = (mine.start.max(bytes.start), mine.end.min(bytes.end));
+            // Each is within a page.
+            (from < to).then(|| Part {
+                gref: piece.gref,
+                offset: piece.offset + (from - mine.start) as u16,
+                len: (to - from) as u16,
+                at: from,
+            })
+        })
+    }
+
+    /// Appends the copies that bring some of a packet's bytes to the local buffer, where its first
+    /// byte belongs at `at`.
+    pub fn copies(&self, packet: &Packet, at: usize, bytes: Range<usize>, ops: &mut Vec<CopyOp>) {
+        ops.extend(self.parts(packet, bytes).map(|part| CopyOp {
+            gref: part.gref,
+            offset: part.offset,
+            len: part.len,
+            at: at + part.at,
+            direction: Direction::FromGrant,
+            status: 0,
+        }));
     }
 
     /// The answers to a packet's slots, in ring order. `accepted` is what a change of the list of

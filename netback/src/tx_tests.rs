@@ -39,7 +39,7 @@ fn statuses(batch: &Batch) -> Vec<(u16, i16)> {
 
 fn lengths(batch: &Batch) -> Vec<(u32, usize, u16)> {
     let mut ops = Vec::new();
-    batch.copies(&batch.packets()[0], 1000, &mut ops);
+    batch.copies(&batch.packets()[0], 1000, 0..usize::MAX, &mut ops);
     ops.iter().map(|op| (op.gref, op.at, op.len)).collect()
 }
 
@@ -60,7 +60,7 @@ fn no_piece_of_what_linux_sends_is_cut_by_a_local_page() {
         let batch = gather(&slots).unwrap();
         let packet = &batch.packets()[0];
         let mut ops = Vec::new();
-        batch.copies(packet, 7 * rings::PAGE_SIZE + batch.shift(packet), &mut ops);
+        batch.copies(packet, 7 * rings::PAGE_SIZE + batch.shift(packet), 0..usize::MAX, &mut ops);
         assert_eq!(ops.len(), 5);
         for op in &ops[1..] {
             assert_eq!(op.at % rings::PAGE_SIZE, usize::from(op.offset), "{header} {first}");
@@ -226,7 +226,7 @@ proptest! {
         prop_assert_eq!(answers, complete);
         for packet in batch.packets() {
             let mut ops = Vec::new();
-            batch.copies(packet, 0, &mut ops);
+            batch.copies(packet, 0, 0..usize::MAX, &mut ops);
             if packet.verdict == Verdict::Frame {
                 let mut at = 0;
                 for op in &ops {

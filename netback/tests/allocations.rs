@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use hypervisor::store::Client;
 use hypervisor::{
     Access, Buffer, CopyOp, DomId, EventChannel, GrantRef, Grants, Hypervisor, Mapping, Port,
+    Transfer,
 };
 use netback::endpoint::loopback::Loopback;
 use netback::endpoint::named::Plain;
@@ -119,6 +120,12 @@ impl Grants for UncountedGrants {
     fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()> {
         let before = COUNT.with(Cell::get);
         let result = self.0.copy(domid, buffer, ops);
+        COUNT.with(|n| n.set(before));
+        result
+    }
+    fn transfer(&self, domid: DomId, buffer: &Buffer, ops: &mut [Transfer]) -> io::Result<()> {
+        let before = COUNT.with(Cell::get);
+        let result = self.0.transfer(domid, buffer, ops);
         COUNT.with(|n| n.set(before));
         result
     }

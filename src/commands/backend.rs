@@ -57,7 +57,7 @@ pub fn net(context: &Context, domid: Option<DomId>, serve: &ServeNet) -> Result 
     let hypervisor = context.hypervisor()?;
     let run_dir = context.run_dir.clone();
     let config = config(&serve.set)?;
-    let open = Arc::new(netback::open);
+    let open = netback::opener();
     let backend = NetBackend::new(hypervisor.clone(), config, run_dir.clone(), open);
     let options = Options {
         scope: domid.map_or(Scope::All, Scope::Domain),

@@ -4,7 +4,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
-use hypervisor::GrantRef;
+use hypervisor::{GrantRef, Transfer};
 
 use super::*;
 use crate::proto::Segment;
@@ -27,6 +27,9 @@ impl Grants for Plain {
     }
     fn copy(&self, _: DomId, _: &Buffer, _: &mut [CopyOp]) -> io::Result<()> {
         Ok(())
+    }
+    fn transfer(&self, _: DomId, _: &Buffer, _: &mut [Transfer]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
     fn buffer(&self, _: usize) -> io::Result<Buffer> {
         Err(io::ErrorKind::Unsupported.into())

@@ -131,10 +131,10 @@ impl Region {
         if !inside(from, self.len) || !inside(at, to.len) {
             return false;
         }
-        // SAFETY: both ranges were checked; two regions never overlap. Other processes may
+        // SAFETY: both ranges were checked; a guest may name one page as both. Other processes may
         // write meanwhile: then the bytes are whatever was there, and nobody here interprets
         // them.
-        unsafe { ptr::copy_nonoverlapping(self.base.add(from), to.base.add(at), len) };
+        unsafe { ptr::copy(self.base.add(from), to.base.add(at), len) };
         true
     }
 

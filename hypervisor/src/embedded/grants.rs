@@ -12,9 +12,11 @@ use rings::PAGE_SIZE;
 
 use super::arena::Region;
 use super::link::{Link, Reply, malformed};
-use super::message::{Copy, MAX_COPIES, MAX_REFS, Request};
+use super::message::{Copy, MAX_COPIES, MAX_REFS, Move, Request};
 use crate::core::grants::GrantError;
-use crate::{Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping};
+use crate::{
+    Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping, Source, Transfer,
+};
 
 /// One reference of a batch was refused, so nothing of it was mapped. The source of the
 /// [`io::Error`] that `map` returns.
@@ -92,16 +94,39 @@ impl GrantHandle {
         });
         let request = Request::Copy { domid, buffer, ops: wire.collect() };
         let reply = self.link.call(&request)?;
-        let mut fields = reply.fields();
-        for op in ops {
-            let code = fields.u16().ok_or_else(malformed)?;
-            op.status = match code {
-                0 => 0,
-                code => GrantError::from_code(code).map_or(-1, GrantError::gntst),
-            };
-        }
-        Ok(())
+        statuses(&reply, ops.iter_mut().map(|op| &mut op.status))
     }
+
+    fn transfer_some(&self, domid: DomId, buffer: u64, ops: &mut [Transfer]) -> io::Result<()> {
+        let wire = ops.iter().map(|op| {
+            let Transfer { source, gref, offset, len, .. } = *op;
+            Move { source, gref, offset, len }
+        });
+        let request = Request::Transfer { domid, buffer, ops: wire.collect() };
+        let reply = self.link.call(&request)?;
+        statuses(&reply, ops.iter_mut().map(|op| &mut op.status))
+    }
+}
+
+/// What has become of each copy of a batch.
+fn statuses<'a>(reply: &Reply, ops: impl Iterator<Item = &'a mut i16>) -> io::Result<()> {
+    let mut fields = reply.fields();
+    for status in ops {
+        let code = fields.u16().ok_or_else(malformed)?;
+        *status = match code {
+            0 => 0,
+            code => GrantError::from_code(code).map_or(-1, GrantError::gntst),
+        };
+    }
+    Ok(())
+}
+
+fn in_page(offset: u16, len: u16) -> bool {
+    usize::from(offset) + usize::from(len) <= PAGE_SIZE
+}
+
+fn in_buffer(at: usize, len: u16, buffer: &Buffer) -> bool {
+    at.checked_add(len.into()).is_some_and(|end| end <= buffer.len())
 }
 
 fn refusal(reply: &Reply, refs: &[GrantRef]) -> io::Error {
@@ -147,14 +172,25 @@ impl Grants for GrantHandle {
     }
 
     fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()> {
-        let inside = |op: &CopyOp| {
-            op.offset as usize + op.len as usize <= PAGE_SIZE
-                && op.at.checked_add(op.len as usize).is_some_and(|end| end <= buffer.len())
-        };
+        let inside = |op: &CopyOp| in_page(op.offset, op.len) && in_buffer(op.at, op.len, buffer);
         if !ops.iter().all(inside) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         ops.chunks_mut(MAX_COPIES).try_for_each(|some| self.copy_some(domid, buffer.id, some))
+    }
+
+    fn transfer(&self, domid: DomId, buffer: &Buffer, ops: &mut [Transfer]) -> io::Result<()> {
+        let inside = |op: &Transfer| {
+            in_page(op.offset, op.len)
+                && match op.source {
+                    Source::Buffer(at) => in_buffer(at, op.len, buffer),
+                    Source::Page { offset, .. } => in_page(offset, op.len),
+                }
+        };
+        if !ops.iter().all(inside) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        ops.chunks_mut(MAX_COPIES).try_for_each(|some| self.transfer_some(domid, buffer.id, some))
     }
 
     fn buffer(&self, len: usize) -> io::Result<Buffer> {

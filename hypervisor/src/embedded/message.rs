@@ -8,7 +8,7 @@
 mod tests;
 
 use crate::core::domains::Kind;
-use crate::{Access, DomId, GrantRef, Port};
+use crate::{Access, DomId, GrantRef, Port, Source};
 
 /// Longest datagram either way.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -19,7 +19,7 @@ pub const MAX_COPIES: usize = 2048;
 /// Descriptors in one reply.
 pub const MAX_FDS: usize = 8;
 /// Version of this format; both ends must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What [`Request::Open`] opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,19 @@ pub struct Copy {
     pub at: u64,
     /// What is done to the page: read (into the buffer) or written.
     pub access: Access,
+}
+
+/// One copy into a page; see [`Transfer`](crate::Transfer).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// From here.
+    pub source: Source,
+    /// The page that is written.
+    pub gref: GrantRef,
+    /// First byte in the page.
+    pub offset: u16,
+    /// Bytes.
+    pub len: u16,
 }
 
 /// A request.
@@ -156,6 +169,15 @@ pub enum Request {
         buffer: u64,
         /// What.
         ops: Vec<Copy>,
+    },
+    /// Copies into pages from a buffer and from other pages. Reply: as to `Copy`.
+    Transfer {
+        /// Whose pages are written.
+        domid: DomId,
+        /// Which buffer.
+        buffer: u64,
+        /// What.
+        ops: Vec<Move>,
     },
 }
 
@@ -273,6 +295,19 @@ impl Request {
                 }
                 &mut w
             }
+            Request::Transfer { domid, buffer, ops } => {
+                w.u16(18).u16(*domid).u64(*buffer).u32(ops.len() as u32);
+                for op in ops {
+                    match op.source {
+                        Source::Buffer(at) => w.u16(0).u64(at as u64),
+                        Source::Page { domid, gref, offset } => {
+                            w.u16(1).u16(domid).u32(gref).u16(offset)
+                        }
+                    };
+                    w.u32(op.gref).u16(op.offset).u16(op.len);
+                }
+                &mut w
+            }
         };
         w.0
     }
@@ -305,6 +340,7 @@ impl Request {
             15 => Request::Buffer { len: r.u64()? },
             16 => Request::FreeBuffer { buffer: r.u64()? },
             17 => decode_copy(&mut r)?,
+            18 => decode_transfer(&mut r)?,
             _ => return None,
         };
         r.0.is_empty().then_some(request)
@@ -343,4 +379,21 @@ fn decode_copy(r: &mut Reader<'_>) -> Option<Request> {
     };
     let ops = (0..count).map(op).collect::<Option<Vec<_>>>()?;
     Some(Request::Copy { domid, buffer, ops })
+}
+
+fn decode_transfer(r: &mut Reader<'_>) -> Option<Request> {
+    let (domid, buffer, count) = (r.u16()?, r.u64()?, r.u32()? as usize);
+    if count > MAX_COPIES {
+        return None;
+    }
+    let op = |_| {
+        let source = match r.u16()? {
+            0 => Source::Buffer(usize::try_from(r.u64()?).ok()?),
+            1 => Source::Page { domid: r.u16()?, gref: r.u32()?, offset: r.u16()? },
+            _ => return None,
+        };
+        Some(Move { source, gref: r.u32()?, offset: r.u16()?, len: r.u16()? })
+    };
+    let ops = (0..count).map(op).collect::<Option<Vec<_>>>()?;
+    Some(Request::Transfer { domid, buffer, ops })
 }

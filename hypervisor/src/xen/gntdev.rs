@@ -2,7 +2,7 @@
 // Mapped pages and the kernel's copy segments are named by address.
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::fs::File;
 use std::io;
 use std::ptr;
@@ -12,7 +12,9 @@ use rings::PAGE_SIZE;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::ioctl::{self, CopyPtr, CopySegment, Foreign, GrantRefOf, IndexCount, MapHead};
-use crate::{Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping};
+use crate::{
+    Access, Buffer, CopyOp, Direction, DomId, GrantRef, Grants, Mapping, Source, Transfer,
+};
 
 /// Segments that a new handle has room for, so that a queue does not grow it under load.
 const SEGMENTS: usize = 512;
@@ -31,6 +33,28 @@ unsafe impl Send for Gntdev {}
 impl Gntdev {
     pub(super) fn new(device: File) -> Gntdev {
         Gntdev { device: Arc::new(device), segments: RefCell::new(Vec::with_capacity(SEGMENTS)) }
+    }
+}
+
+impl Gntdev {
+    /// Makes a batch of copies; each has its status then.
+    fn copy_all(
+        &self,
+        list: impl Iterator<Item = io::Result<CopySegment>>,
+    ) -> io::Result<RefMut<'_, Vec<CopySegment>>> {
+        let mut segments = self.segments.borrow_mut();
+        segments.clear();
+        for segment in list {
+            segments.push(segment?);
+        }
+        if segments.is_empty() {
+            return Ok(segments);
+        }
+        let mut copy =
+            ioctl::Copy { count: segments.len() as u32, segments: segments.as_mut_ptr() };
+        // SAFETY: `segments` has `count` entries, and each names memory of the buffer.
+        unsafe { ioctl::call(&*self.device, ioctl::GNTDEV_COPY, &raw mut copy)? };
+        Ok(segments)
     }
 }
 
@@ -91,21 +115,14 @@ impl Grants for Gntdev {
     }
 
     fn copy(&self, domid: DomId, buffer: &Buffer, ops: &mut [CopyOp]) -> io::Result<()> {
-        if ops.is_empty() {
-            return Ok(());
-        }
-        let mut segments = self.segments.borrow_mut();
-        segments.clear();
-        for op in ops.iter() {
-            segments.push(segment(domid, buffer, op)?);
-        }
-        let mut copy =
-            ioctl::Copy { count: segments.len() as u32, segments: segments.as_mut_ptr() };
-        // SAFETY: `segments` has `count` entries, and each names memory of the buffer.
-        unsafe { ioctl::call(&*self.device, ioctl::GNTDEV_COPY, &raw mut copy)? };
-        for (op, segment) in ops.iter_mut().zip(segments.iter()) {
-            op.status = segment.status;
-        }
+        let done = self.copy_all(ops.iter().map(|op| segment(domid, buffer, op)))?;
+        ops.iter_mut().zip(&*done).for_each(|(op, segment)| op.status = segment.status);
+        Ok(())
+    }
+
+    fn transfer(&self, domid: DomId, buffer: &Buffer, ops: &mut [Transfer]) -> io::Result<()> {
+        let done = self.copy_all(ops.iter().map(|op| transfer_segment(domid, buffer, op)))?;
+        ops.iter_mut().zip(&*done).for_each(|(op, segment)| op.status = segment.status);
         Ok(())
     }
 
@@ -120,18 +137,40 @@ impl Grants for Gntdev {
     }
 }
 
-fn segment(domid: DomId, buffer: &Buffer, op: &CopyOp) -> io::Result<CopySegment> {
-    let len = usize::from(op.len);
-    let fits = op.at.checked_add(len).is_some_and(|end| end <= buffer.len());
-    if !fits || usize::from(op.offset) + len > PAGE_SIZE {
+/// An address of the buffer as one end of a copy.
+fn local(buffer: &Buffer, at: usize, len: u16) -> io::Result<CopyPtr> {
+    if at.checked_add(len.into()).is_none_or(|end| end > buffer.len()) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let foreign = CopyPtr { foreign: Foreign { gref: op.gref, offset: op.offset, domid } };
     // SAFETY: within the buffer, as was just checked.
-    let local = CopyPtr { virt: unsafe { buffer.base().add(op.at) } };
+    Ok(CopyPtr { virt: unsafe { buffer.base().add(at) } })
+}
+
+/// A part of a granted page as one end of a copy.
+fn granted(domid: DomId, gref: GrantRef, offset: u16, len: u16) -> io::Result<CopyPtr> {
+    if usize::from(offset) + usize::from(len) > PAGE_SIZE {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(CopyPtr { foreign: Foreign { gref, offset, domid } })
+}
+
+fn segment(domid: DomId, buffer: &Buffer, op: &CopyOp) -> io::Result<CopySegment> {
+    let foreign = granted(domid, op.gref, op.offset, op.len)?;
+    let local = local(buffer, op.at, op.len)?;
     let (source, dest, flags) = match op.direction {
         Direction::FromGrant => (foreign, local, ioctl::COPY_SOURCE_GREF),
         Direction::ToGrant => (local, foreign, ioctl::COPY_DEST_GREF),
+    };
+    Ok(CopySegment { source, dest, len: op.len, flags, status: 0 })
+}
+
+fn transfer_segment(domid: DomId, buffer: &Buffer, op: &Transfer) -> io::Result<CopySegment> {
+    let dest = granted(domid, op.gref, op.offset, op.len)?;
+    let (source, flags) = match op.source {
+        Source::Buffer(at) => (local(buffer, at, op.len)?, ioctl::COPY_DEST_GREF),
+        Source::Page { domid, gref, offset } => {
+            (granted(domid, gref, offset, op.len)?, ioctl::COPY_DEST_GREF | ioctl::COPY_SOURCE_GREF)
+        }
     };
     Ok(CopySegment { source, dest, len: op.len, flags, status: 0 })
 }

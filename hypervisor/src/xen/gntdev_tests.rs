@@ -41,6 +41,29 @@ fn a_segment_names_both_ends() {
 }
 
 #[test]
+fn a_transfer_names_a_page_of_ours_or_of_another_domain() {
+    let b = handle().buffer(PAGE_SIZE * 2).unwrap();
+    // SAFETY: both members are 8 bytes, so one can be read as the other.
+    let named = |p: &CopyPtr| unsafe { (p.virt as usize, p.foreign.gref, p.foreign.domid) };
+    let op = |source| Transfer { source, gref: 8, offset: 96, len: 4000, status: 7 };
+    let s = transfer_segment(5, &b, &op(Source::Buffer(192))).unwrap();
+    assert_eq!((named(&s.source).0, named(&s.dest).1), (b.base() as usize + 192, 8));
+    assert_eq!((named(&s.dest).2, s.flags, s.len, s.status), (5, 2, 4000, 0));
+    let s = transfer_segment(5, &b, &op(Source::Page { domid: 3, gref: 9, offset: 1 })).unwrap();
+    assert_eq!((named(&s.source).1, named(&s.source).2), (9, 3));
+    assert_eq!((named(&s.dest).1, named(&s.dest).2, s.flags), (8, 5, 3));
+    let outside = Source::Page { domid: 3, gref: 9, offset: 97 };
+    for bad in [
+        op(outside),
+        op(Source::Buffer(2 * PAGE_SIZE - 3999)),
+        Transfer { offset: 97, ..op(Source::Buffer(0)) },
+    ] {
+        let error = handle().transfer(5, &b, &mut [bad]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{bad:?}");
+    }
+}
+
+#[test]
 fn ranges_outside_are_refused_before_the_kernel_sees_them() {
     let g = handle();
     let b = g.buffer(PAGE_SIZE).unwrap();

@@ -1,11 +1,9 @@
 //! The loop of one queue: packets from the guest, packets to the guest, one grant copy and at most
 //! one notification each a round, and a sleep when there is neither.
 
-mod receive;
 mod transmit;
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,12 +12,14 @@ use hypervisor::xenbus::queue::{Shared, wait};
 use hypervisor::{CopyOp, DomId, Grants};
 use perf::Handle;
 use perf::polling::Poller;
-use rings::{Corrupt, Pending};
+use rings::Pending;
 use rustix::event::{PollFd, PollFlags};
 
-use super::{Channels, Held, Ring, Settings};
+use super::door::{Doorkeeper, Lists};
+use super::to_guest::Rest;
+use super::{BATCH, Channels, Ring, Settings, fault, stall};
 use crate::counters::QueueCounters;
-use crate::endpoint::{Accepts, EndpointQueue};
+use crate::endpoint::EndpointQueue;
 use crate::filter::Filter;
 use crate::frame::{Frame, Pool};
 use crate::hold::Hold;
@@ -28,13 +28,10 @@ use crate::live::{Live, Seen};
 use crate::mailbox::Mailbox;
 use crate::negotiate::RxNotify;
 use crate::offload::Leaves;
-use crate::proto::{Rx, RxRequest, Tx};
-use crate::rx::Shape;
+use crate::proto::Tx;
 use crate::staging::{Copied, Split};
-use crate::{rx, tx};
+use crate::tx;
 
-/// Packets of one round, each way.
-const BATCH: usize = 64;
 /// Wake-ups without work after which the next ones are put off (XSA-332).
 const SPURIOUS_STREAK: u32 = 32;
 /// How long they are put off.
@@ -48,8 +45,8 @@ pub(super) struct Worker {
     pub domid: DomId,
     pub grants: Box<dyn Grants>,
     pub tx: Ring<Tx>,
-    pub rx: Ring<Rx>,
-    pub channels: Channels,
+    pub door: Doorkeeper,
+    pub channels: Arc<Channels>,
     pub endpoint: Box<dyn EndpointQueue>,
     pub pool: Pool,
     pub shared: Arc<Shared<Settings>>,
@@ -60,14 +57,11 @@ pub(super) struct Worker {
     pub inboxes: Arc<[Mailbox]>,
     pub live: Arc<Live>,
     pub seen: Seen,
-    pub accepts: Accepts,
     pub leaves_host: Leaves,
-    pub leaves_guest: Leaves,
     pub rx_notify: RxNotify,
     pub limits: Arc<Limits>,
     pub filter: Filter,
     pub poller: Poller,
-    pub stall: Duration,
     pub run: Run,
 }
 
@@ -81,20 +75,13 @@ pub(super) struct Run {
     /// Frames for the endpoint, and those that it has been offered.
     to_host: VecDeque<Frame>,
     offered: VecDeque<Frame>,
-    /// To the guest: its free pages, frames for it, and those that are being copied.
-    pages: Held<RxRequest>,
-    answered: VecDeque<rings::Slot>,
-    arrived: VecDeque<Frame>,
-    to_guest: VecDeque<Frame>,
-    laid_out: rx::Batch,
     ops: Vec<CopyOp>,
     split: Split,
-    /// Since when frames have been waiting for pages.
-    blocked: Option<Instant>,
-    /// The limits' waits, each way; what waits for them stays where it is.
-    limited: [Option<Duration>; 2],
-    /// They waited for too long: frames are dropped until pages come.
-    stalled: bool,
+    /// Copies that were put off, and what copies to other guests take.
+    rest: Vec<CopyOp>,
+    crossing: Lists,
+    /// The limit's wait; what waits for it stays in the ring.
+    limited: Option<Duration>,
     spurious: u32,
     /// Ports with an event that is not acknowledged.
     rung: [bool; 2],
@@ -124,28 +111,30 @@ impl Worker {
         Ok(sent || received)
     }
 
-    fn corrupt(&self, e: &Corrupt) -> Fault {
-        Fault(format!("{}: {e}", self.name))
+    /// Packets to the guest; whether there was any.
+    fn receive(&mut self) -> Result<bool, Fault> {
+        let mut way = self.door.open();
+        let Some(way) = way.as_mut() else { return Ok(false) };
+        way.round(&mut *self.endpoint, &mut self.pool, &*self.grants)
     }
 
-    fn failed(&self, what: &str, e: &io::Error) -> Fault {
-        Fault(format!("{}: {what}: {e}", self.name))
+    fn fault(&self, what: impl std::fmt::Display) -> Fault {
+        fault(&self.name, what)
     }
 
-    /// Makes the copies of one direction.
+    /// Makes the copies of packets from the guest.
     fn copy(&mut self) -> Result<Copied, Fault> {
         if self.run.ops.is_empty() {
             return Ok(Copied::default());
         }
         let staging = self.live.staging().get(self.number);
         // Every queue has one; packets that nobody has copied must never go on.
-        let staging = staging.ok_or_else(|| Fault(format!("{}: no table of pages", self.name)))?;
-        let Run { copied, arrived, ops, split, .. } = &mut self.run;
-        // Those of the direction that it is not are none.
-        let frames = copied.iter_mut().flatten().map(|(frame, _)| frame).chain(arrived);
+        let staging = staging.ok_or_else(|| self.fault("no table of pages"))?;
+        let Run { copied, ops, split, .. } = &mut self.run;
+        let frames = copied.iter_mut().flatten().map(|(frame, _)| frame);
         let copied = staging
             .copy(frames, ops, split, |ops| self.grants.copy(self.domid, self.pool.buffer(), ops));
-        copied.map_err(|e| self.failed("grant copy", &e))
+        copied.map_err(|e| self.fault(format_args!("grant copy: {e}")))
     }
 
     /// Frames that other queues have for this one.
@@ -153,16 +142,14 @@ impl Worker {
         self.inboxes.get(self.number)
     }
 
-    /// How the guest wants its packets.
-    fn shape(&self) -> Shape {
-        Shape { headroom: self.seen.wishes.headroom }
-    }
-
     /// Takes over knobs that were changed meanwhile.
     fn take_knobs(&mut self) {
         if let Some(settings) = self.shared.changed(&mut self.run.changes) {
             self.poller = Poller::new(settings.config.poll_us);
-            self.stall = Duration::from_secs(settings.config.rx_stall_s.into());
+            if let Some(way) = self.door.open().as_mut() {
+                way.stall = stall(&settings.config);
+                way.filter = settings.filter.clone();
+            }
             self.filter = settings.filter;
         }
     }
@@ -174,10 +161,13 @@ impl Worker {
     fn acknowledge(&mut self) -> Result<(), Fault> {
         let [first, second] = std::mem::take(&mut self.run.rung);
         if first {
-            self.channels.tx().acknowledge().map_err(|e| self.failed("event channel", &e))?;
+            self.channels
+                .tx()
+                .acknowledge()
+                .map_err(|e| self.fault(format_args!("event channel: {e}")))?;
         }
         if let (true, Some(channel)) = (second, self.channels.second()) {
-            channel.acknowledge().map_err(|e| self.failed("event channel", &e))?;
+            channel.acknowledge().map_err(|e| self.fault(format_args!("event channel: {e}")))?;
         }
         Ok(())
     }
@@ -187,44 +177,29 @@ impl Worker {
         !self.run.to_host.is_empty() || !self.run.offered.is_empty()
     }
 
-    /// Whether frames are waiting for the guest's pages.
-    fn waits_for_pages(&self) -> bool {
-        !self.run.to_guest.is_empty() || self.run.stalled
-    }
-
-    /// Asks for the events that matter now; whether there is work after all.
-    fn arm(&mut self) -> Result<bool, Fault> {
+    /// Asks for the events that matter now; what to wait for, unless there is work after all.
+    fn arm(&mut self) -> Result<Option<Rest>, Fault> {
         // While the endpoint takes nothing, no more can be held, or the limit is reached, nothing is taken from the guest.
-        if !self.has_output() && self.run.limited[0].is_none() {
-            let pending = self.tx.arm().map_err(|e| self.corrupt(&e))?;
+        if !self.has_output() && self.run.limited.is_none() {
+            let pending = self.tx.arm().map_err(|e| self.fault(e))?;
             if pending == Pending::Work {
-                return Ok(true);
+                return Ok(None);
             }
         }
-        if self.waits_for_pages() && self.run.limited[1].is_none() {
-            let pending = self.rx.arm().map_err(|e| self.corrupt(&e))?;
-            return Ok(pending == Pending::Work);
-        }
-        Ok(false)
+        self.door.open().as_mut().map_or(Ok(None), |way| way.rest())
     }
 
     /// When to wake without an event.
-    fn deadline(&self) -> Option<Duration> {
-        let stall = self.run.blocked.map(|since| since + self.stall);
+    fn deadline(&self, rest: &Rest) -> Option<Duration> {
         // What the endpoint has for the guest has to wait as well, but not what the guest has for it.
-        let asks = self.is_hungry() || self.has_output();
+        let asks = rest.is_hungry || self.has_output();
         let endpoint = self.endpoint.waits().deadline.filter(|_| asks);
-        let at = [stall, endpoint].into_iter().flatten().min();
-        let look = (self.rx_notify == RxNotify::No && self.waits_for_pages()).then_some(LOOK);
+        let at = [rest.stall, endpoint].into_iter().flatten().min();
+        let look = (self.rx_notify == RxNotify::No && rest.wants_pages).then_some(LOOK);
         // The clock is read only for what hangs on it.
         let wait = [at.map(|at| at.duration_since(Instant::now())), look];
         let wait = wait.into_iter().flatten().min()?;
         Some(wait.max(Duration::from_micros(50)))
-    }
-
-    /// Whether frames of the endpoint are taken: they are left there while others wait for the guest.
-    fn is_hungry(&self) -> bool {
-        self.run.to_guest.is_empty() || self.run.stalled
     }
 
     /// Waits for the frontend, the endpoint or the device's control.
@@ -234,20 +209,18 @@ impl Worker {
             wait(&mut fds, Some(BACK_OFF))?;
         }
         self.acknowledge()?;
-        if self.arm()? {
-            return Ok(());
-        }
+        let Some(rest) = self.arm()? else { return Ok(()) };
         self.counters.sleeps.add(1);
-        let [tx, rx] = self.run.limited;
-        let timeout = [self.deadline(), tx, rx].into_iter().flatten().min();
+        let waits = [self.deadline(&rest), self.run.limited, rest.limited];
+        let timeout = waits.into_iter().flatten().min();
         let before = self.poller.is_wanted().then(Instant::now);
-        let [first, second, woken] = self.wait_for(timeout)?;
+        let [first, second, woken] = self.wait_for(&rest, timeout)?;
         before.inspect(|before| self.poller.slept(before.elapsed().as_nanos() as u64));
         if first {
             self.tx.woken();
         }
         if second {
-            self.rx.woken();
+            self.door.open().iter_mut().for_each(|way| way.ring.woken());
         }
         if first || second {
             self.run.spurious += 1;
@@ -260,8 +233,8 @@ impl Worker {
     }
 
     /// Which of the two ports and the wake-up have come.
-    fn wait_for(&self, timeout: Option<Duration>) -> Result<[bool; 3], Fault> {
-        let (hungry, waits) = (self.is_hungry(), self.endpoint.waits());
+    fn wait_for(&self, rest: &Rest, timeout: Option<Duration>) -> Result<[bool; 3], Fault> {
+        let (hungry, waits) = (rest.is_hungry, self.endpoint.waits());
         let second = self.channels.second().map(|channel| channel.as_fd());
         let nothing = PollFlags::empty();
         let input = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);

@@ -1,5 +1,6 @@
 //! Our frontend against our backend, on the bundled hypervisor.
 
+mod crossing;
 mod filters;
 mod grants;
 mod hold;

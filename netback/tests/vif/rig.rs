@@ -52,7 +52,7 @@ pub(crate) struct Rig {
 impl Rig {
     /// With a backend and one vif, whose node has these keys beside the usual ones.
     pub(crate) fn start(kind: &str, keys: &[(&str, &str)]) -> Rig {
-        Rig::with(Arc::new(netback::open), |hypervisor| hypervisor, kind, keys)
+        Rig::with(netback::opener(), |hypervisor| hypervisor, kind, keys)
     }
     /// The same with a backend that opens what vifs connect to by `open`, and sees the hypervisor
     /// through `seen`.

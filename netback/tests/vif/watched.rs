@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use hypervisor::store::Client;
 use hypervisor::{
     Access, Buffer, CopyOp, DomId, EventChannel, GrantRef, Grants, Hypervisor, Mapping, Port,
+    Transfer,
 };
 
 use crate::rig::Rig;
@@ -42,7 +43,7 @@ impl Watch {
         let watch = Arc::new(Watch::default());
         let seen = watch.clone();
         let over = move |below| Arc::new(Watched { below, watch: seen.clone() }) as _;
-        (Rig::with(Arc::new(netback::open), over, kind, keys), watch)
+        (Rig::with(netback::opener(), over, kind, keys), watch)
     }
     /// Pages that are mapped.
     pub(crate) fn mapped(&self) -> u64 {
@@ -110,6 +111,17 @@ impl Grants for WatchedGrants {
             }
         }
         self.below.copy(domid, buffer, ops)
+    }
+    fn transfer(&self, domid: DomId, buffer: &Buffer, ops: &mut [Transfer]) -> io::Result<()> {
+        if self.watch.calls.burns() {
+            return Err(io::Error::other("a copy that was to fail"));
+        }
+        for op in ops.iter_mut() {
+            if self.watch.copies.burns() {
+                op.gref = NOT_GRANTED;
+            }
+        }
+        self.below.transfer(domid, buffer, ops)
     }
     fn buffer(&self, len: usize) -> io::Result<Buffer> {
         self.below.buffer(len)

@@ -15,6 +15,18 @@ fn any_copy() -> impl Strategy<Value = Copy> {
         .prop_map(|(gref, offset, len, at, access)| Copy { gref, offset, len, at, access })
 }
 
+fn any_move() -> impl Strategy<Value = Move> {
+    let page = any::<(u16, u32, u16)>();
+    let page = page.prop_map(|(domid, gref, offset)| Source::Page { domid, gref, offset });
+    let source = prop_oneof![any::<usize>().prop_map(Source::Buffer), page];
+    (source, any::<(u32, u16, u16)>()).prop_map(|(source, (gref, offset, len))| Move {
+        source,
+        gref,
+        offset,
+        len,
+    })
+}
+
 fn any_request() -> impl Strategy<Value = Request> {
     let domid = prop_oneof![Just(None), (0..0x7ff0u16).prop_map(Some)];
     let kind = prop_oneof![Just(Kind::Guest), Just(Kind::Driver)];
@@ -51,6 +63,8 @@ fn any_request() -> impl Strategy<Value = Request> {
         any::<u64>().prop_map(|buffer| Request::FreeBuffer { buffer }),
         (any::<u16>(), any::<u64>(), prop::collection::vec(any_copy(), 0..9))
             .prop_map(|(domid, buffer, ops)| Request::Copy { domid, buffer, ops }),
+        (any::<u16>(), any::<u64>(), prop::collection::vec(any_move(), 0..9))
+            .prop_map(|(domid, buffer, ops)| Request::Transfer { domid, buffer, ops }),
     ]
 }
 
@@ -99,4 +113,10 @@ fn batches_are_bounded() {
     let op = Copy { gref: 8, offset: 0, len: 1, at: 0, access: Access::ReadOnly };
     let request = Request::Copy { domid: 1, buffer: 1, ops: vec![op; MAX_COPIES] };
     assert!(request.encode().len() <= MAX_MESSAGE);
+    let op = Move { source: Source::Buffer(1), gref: 8, offset: 0, len: 1 };
+    for (ops, is_taken) in [(MAX_COPIES, true), (MAX_COPIES + 1, false)] {
+        let request = Request::Transfer { domid: 1, buffer: 1, ops: vec![op; ops] };
+        assert!(request.encode().len() <= MAX_MESSAGE);
+        assert_eq!(Request::decode(&request.encode()).is_some(), is_taken);
+    }
 }

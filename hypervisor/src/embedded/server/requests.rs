@@ -16,7 +16,7 @@ use super::{Fate, Server, TURN};
 use crate::core::domains::Mapped;
 use crate::core::events::EventError;
 use crate::core::grants::GrantError;
-use crate::{Access, DomId, GrantRef, Port};
+use crate::{Access, DomId, GrantRef, Port, Source};
 
 /// Pages that one connection may have mapped.
 const MAX_MAPPED: usize = 131_072;
@@ -157,6 +157,7 @@ impl Server {
                 plain(ok())
             }
             Request::Copy { domid, buffer, ops } => self.copy(peer, domid, buffer, &ops),
+            Request::Transfer { domid, buffer, ops } => self.transfer(peer, domid, buffer, &ops),
         }
     }
 
@@ -385,21 +386,68 @@ impl Server {
         buffer: &Region,
         op: &message::Copy,
     ) -> Result<(), GrantError> {
-        let domain = self.domains.get(domid).ok_or(GrantError::BadDomain)?;
-        let (number, page) = locate(domain.grants.check(caller, op.gref, op.access)?);
-        let (offset, len) = (op.offset as usize, op.len as usize);
         let at = usize::try_from(op.at).map_err(|_| GrantError::BadCopy)?;
-        if offset + len > PAGE_SIZE {
-            return Err(GrantError::BadCopy);
-        }
-        let arena = self.memory.get(domid, number).ok_or(GrantError::BadReference)?;
-        let pages = arena.view().map_err(|_| GrantError::BadReference)?;
-        let inside = page as usize * PAGE_SIZE + offset;
+        let (pages, inside) =
+            self.granted(caller, (domid, op.gref), op.access, (op.offset, op.len))?;
+        let len = op.len.into();
         let done = match op.access {
             Access::ReadOnly => pages.copy_to(inside, buffer, at, len),
             Access::ReadWrite => buffer.copy_to(at, pages, inside, len),
         };
         if done { Ok(()) } else { Err(GrantError::BadCopy) }
+    }
+
+    fn transfer(
+        &mut self,
+        peer: &mut Peer,
+        domid: DomId,
+        buffer: u64,
+        ops: &[message::Move],
+    ) -> Answer {
+        let buffer = peer.holds.buffers.get(&buffer).ok_or(Errno::INVAL)?;
+        let mut w = ok();
+        for op in ops {
+            let done = self.transfer_one(peer.domid, domid, buffer, op);
+            w.u16(done.err().map_or(0, GrantError::code));
+        }
+        plain(w)
+    }
+
+    fn transfer_one(
+        &self,
+        caller: DomId,
+        domid: DomId,
+        buffer: &Region,
+        op: &message::Move,
+    ) -> Result<(), GrantError> {
+        let to = (op.offset, op.len);
+        let (pages, at) = self.granted(caller, (domid, op.gref), Access::ReadWrite, to)?;
+        let (source, from) = match op.source {
+            Source::Buffer(from) => (buffer, from),
+            Source::Page { domid, gref, offset } => {
+                self.granted(caller, (domid, gref), Access::ReadOnly, (offset, op.len))?
+            }
+        };
+        let done = source.copy_to(from, pages, at, op.len.into());
+        if done { Ok(()) } else { Err(GrantError::BadCopy) }
+    }
+
+    /// Where bytes of a page lie that a domain has granted to the caller.
+    fn granted(
+        &self,
+        caller: DomId,
+        (domid, gref): (DomId, GrantRef),
+        access: Access,
+        (offset, len): (u16, u16),
+    ) -> Result<(&Region, usize), GrantError> {
+        let domain = self.domains.get(domid).ok_or(GrantError::BadDomain)?;
+        let (number, page) = locate(domain.grants.check(caller, gref, access)?);
+        if usize::from(offset) + usize::from(len) > PAGE_SIZE {
+            return Err(GrantError::BadCopy);
+        }
+        let arena = self.memory.get(domid, number).ok_or(GrantError::BadReference)?;
+        let pages = arena.view().map_err(|_| GrantError::BadReference)?;
+        Ok((pages, page as usize * PAGE_SIZE + usize::from(offset)))
     }
 }
 

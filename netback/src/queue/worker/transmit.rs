@@ -1,14 +1,17 @@
 //! From the guest to the endpoint.
 
+use hypervisor::CopyOp;
 use hypervisor::xenbus::Fault;
 use rings::Notify;
 
-use super::{BATCH, Worker};
+use super::{BATCH, Run, Worker};
 use crate::config::Carrier;
 use crate::filter::Refused;
-use crate::frame::{Frame, HEADROOM, MAX_FRAME};
-use crate::offload::{Impossible, claimed, pass};
-use crate::tx::{Claim, Dropped, Packet, Verdict};
+use crate::frame::{Frame, HEAD, HEADROOM, MAX_FRAME};
+use crate::offload::{Impossible, claimed, is_told_by_head, pass};
+use crate::queue::door::Crossing;
+use crate::queue::fault;
+use crate::tx::{self, Claim, Dropped, Packet, Verdict};
 
 /// Frames that are kept for packets to the guest.
 const RESERVE: usize = 96;
@@ -66,7 +69,7 @@ impl Worker {
         }
         self.endpoint
             .send(&mut self.run.offered, &mut self.pool)
-            .map_err(|e| self.failed("sending", &e))?;
+            .map_err(|e| self.fault(format_args!("sending: {e}")))?;
         self.counters.tx_dropped_host.add(self.endpoint.take_dropped());
         Ok(self.run.offered.len() < before)
     }
@@ -77,15 +80,15 @@ impl Worker {
         self.run.ops.clear();
         let now = self.limits.tx.now();
         while self.run.packets.packets().len() < BATCH && self.pool.free() > RESERVE {
-            self.run.limited[0] = now.and_then(|now| self.limits.tx.wait(now));
-            if self.run.limited[0].is_some() {
+            self.run.limited = now.and_then(|now| self.limits.tx.wait(now));
+            if self.run.limited.is_some() {
                 break;
             }
-            let Some(entry) = self.tx.take().map_err(|e| self.corrupt(&e))? else { break };
+            let Some(entry) = self.tx.take().map_err(|e| self.fault(e))? else { break };
             taken = true;
             self.run.taken.push_back(entry.slot);
             let complete = self.run.packets.push(&entry.req);
-            if complete.map_err(|e| Fault(format!("{}: {e}", self.name)))? {
+            if complete.map_err(|e| self.fault(e))? {
                 self.place();
                 let len = self.run.packets.packets().last().map_or(0, |packet| packet.len);
                 now.inspect(|now| self.limits.tx.charge(len.into(), *now));
@@ -108,13 +111,27 @@ impl Worker {
             Verdict::Frame => self.pool.take(),
             Verdict::Multicast(_) | Verdict::Dropped(_) => None,
         };
+        let len = usize::from(packet.len);
+        let may_cross = self.may_cross(len);
         let placed = frame.map(|mut frame| {
-            frame.begin_later(self.run.packets.shift(packet), packet.len.into());
-            frame.set_len(usize::from(packet.len));
-            self.run.packets.copies(packet, frame.at(), &mut self.run.ops);
+            frame.begin_later(self.run.packets.shift(packet), len);
+            frame.set_len(len);
+            frame.beyond = may_cross.then(|| self.run.packets.packets().len() - 1);
+            let bytes = 0..if may_cross { HEAD } else { len };
+            self.run.packets.copies(packet, frame.at(), bytes, &mut self.run.ops);
             (frame, from..self.run.ops.len())
         });
         self.run.copied.push_back(placed);
+    }
+
+    /// Whether a packet may go on from the guest's own pages. Of one that fits into a page nothing is
+    /// spared by that: two short copies cost less than one more piece.
+    fn may_cross(&self, len: usize) -> bool {
+        len > rings::PAGE_SIZE
+            && self.endpoint.crosses()
+            && self.leaves_host.is_all()
+            && self.filter.is_off()
+            && self.live.staging().get(self.number).is_some_and(|kept| kept.is_empty())
     }
 
     /// Copies the batch, answers it, and makes it ready for the endpoint.
@@ -127,12 +144,16 @@ impl Worker {
         self.counters.tx_staged.add(copied.staged);
         self.counters.tx_copied.add(copied.copied);
         let mut packets = std::mem::take(&mut self.run.packets);
-        for packet in packets.packets_mut() {
+        for number in 0..packets.packets().len() {
             if let Some(Some((frame, copies))) = self.run.copied.pop_front() {
-                self.receive_copy(packet, frame, copies);
+                self.receive_copy(&mut packets, number, frame, copies)?;
             }
-            self.count(packet);
         }
+        if self.endpoint.crosses() {
+            self.cross(&mut packets)?;
+            self.complete(&mut packets)?;
+        }
+        packets.packets().iter().for_each(|packet| self.count(packet));
         let mut slots = 0;
         for packet in packets.packets() {
             let accepted = match packet.verdict {
@@ -151,37 +172,123 @@ impl Worker {
         packets.clear();
         self.run.packets = packets;
         if self.tx.publish() == Notify::Send {
-            self.channels.tx().notify().map_err(|e| self.failed("event channel", &e))?;
+            let notified = self.channels.tx().notify();
+            notified.map_err(|e| self.fault(format_args!("event channel: {e}")))?;
         }
+        Ok(())
+    }
+
+    /// Hands frames to the endpoint that go straight into other guests' pages, unless they are to be
+    /// held, or dropped.
+    fn cross(&mut self, packets: &mut tx::Batch) -> Result<(), Fault> {
+        // Whoever has the lock knows that nothing is being sent.
+        let hold = self.hold.clone();
+        let held = hold.lock();
+        if !held.is_open() || self.seen.wishes.carrier == Carrier::Down {
+            return Ok(());
+        }
+        let Run { to_host, crossing: lists, .. } = &mut self.run;
+        lists.failed.clear();
+        let mut crossing = Crossing {
+            grants: &*self.grants,
+            domid: self.domid,
+            pool: &mut self.pool,
+            packets,
+            lists,
+            crossed: 0,
+            error: None,
+        };
+        self.endpoint.cross(to_host, &mut crossing);
+        let (crossed, error) = (crossing.crossed, crossing.error);
+        self.counters.tx_crossed.add(crossed);
+        for number in lists.failed.drain(..) {
+            packets.packets_mut()[number].verdict = Verdict::Dropped(Dropped::Copy);
+        }
+        error.map_or(Ok(()), |e| Err(self.fault(format_args!("grant copy: {e}"))))
+    }
+
+    /// Copies the rest of frames that have not gone from the guest's own pages.
+    fn complete(&mut self, packets: &mut tx::Batch) -> Result<(), Fault> {
+        self.run.rest.clear();
+        for frame in &self.run.to_host {
+            if let Some(packet) = frame.beyond.and_then(|number| packets.packets().get(number)) {
+                packets.copies(packet, frame.at(), HEAD..frame.len(), &mut self.run.rest);
+            }
+        }
+        self.copy_rest()?;
+        let Run { to_host, rest, .. } = &mut self.run;
+        for _ in 0..to_host.len() {
+            let Some(mut frame) = to_host.pop_front() else { break };
+            let bytes = frame.at()..frame.at() + frame.len();
+            let is_bad = |op: &CopyOp| op.status != 0 && bytes.contains(&op.at);
+            match frame.beyond.take().and_then(|number| packets.packets_mut().get_mut(number)) {
+                Some(packet) if rest.iter().any(is_bad) => {
+                    packet.verdict = Verdict::Dropped(Dropped::Copy);
+                    self.pool.give(frame);
+                }
+                _ => to_host.push_back(frame),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the copies that were put off.
+    fn copy_rest(&mut self) -> Result<(), Fault> {
+        let rest = &mut self.run.rest;
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let copied = self.grants.copy(self.domid, self.pool.buffer(), rest);
+        copied.map_err(|e| fault(&self.name, format_args!("grant copy: {e}")))?;
+        self.counters.tx_batches.add(1);
+        self.counters.tx_copied.add(rest.len() as u64);
         Ok(())
     }
 
     /// A packet's bytes are here, or they could not be read.
     fn receive_copy(
         &mut self,
-        packet: &mut Packet,
+        packets: &mut tx::Batch,
+        number: usize,
         mut frame: Frame,
         copies: std::ops::Range<usize>,
-    ) {
+    ) -> Result<(), Fault> {
         const { assert!(HEADROOM + MAX_FRAME > u16::MAX as usize) };
-        if self.run.ops[copies].iter().any(|op| op.status != 0) {
-            packet.verdict = Verdict::Dropped(Dropped::Copy);
-            return self.pool.give(frame);
+        let mut is_bad = self.run.ops[copies].iter().any(|op| op.status != 0);
+        let packet = &packets.packets()[number];
+        if frame.beyond.is_some() && !is_told_by_head(&frame, HEAD, packet.claim, packet.gso) {
+            // It takes all bytes to know what is left to do.
+            frame.beyond = None;
+            self.run.rest.clear();
+            packets.copies(packet, frame.at(), HEAD..frame.len(), &mut self.run.rest);
+            self.copy_rest()?;
+            is_bad |= self.run.rest.iter().any(|op| op.status != 0);
         }
+        let packet = &mut packets.packets_mut()[number];
+        if is_bad {
+            packet.verdict = Verdict::Dropped(Dropped::Copy);
+            self.pool.give(frame);
+        } else if let Err(dropped) = self.pass_on(packet, frame) {
+            packet.verdict = Verdict::Dropped(dropped);
+        }
+        Ok(())
+    }
+
+    /// Makes a frame ready for the endpoint, if it may have it.
+    fn pass_on(&mut self, packet: &Packet, mut frame: Frame) -> Result<(), Dropped> {
         match claimed(&mut frame, packet.claim, packet.gso) {
             Ok(offload) => (frame.offload, frame.hash) = (offload, packet.hash),
             Err(Impossible) => {
-                packet.verdict = Verdict::Dropped(Dropped::Offload);
-                return self.pool.give(frame);
+                self.pool.give(frame);
+                return Err(Dropped::Offload);
             }
         }
         if let Err(refused) = self.filter.from_guest(&mut frame) {
-            packet.verdict = Verdict::Dropped(Dropped::Filter(refused));
-            return self.pool.give(frame);
+            self.pool.give(frame);
+            return Err(Dropped::Filter(refused));
         }
-        if !pass(frame, &self.leaves_host, &mut self.pool, &mut self.run.to_host) {
-            packet.verdict = Verdict::Dropped(Dropped::Offload);
-        }
+        let passed = pass(frame, &self.leaves_host, &mut self.pool, &mut self.run.to_host);
+        if passed { Ok(()) } else { Err(Dropped::Offload) }
     }
 
     fn count(&self, packet: &Packet) {
