@@ -441,6 +441,20 @@ pub struct Daemon {
     /// Set a knob of network devices; may be repeated.
     #[arg(long, value_name = "KNOB=VALUE")]
     pub set_net: Vec<String>,
+    /// How many processes serve network devices.
+    ///
+    /// Guests meet at a switch (bridge=switch:NAME) only in one process; a fault in it is all guests'.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Processes::PerGuest)]
+    pub net_processes: Processes,
+}
+
+/// Which guests share a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Processes {
+    /// Each guest has one of its own.
+    PerGuest,
+    /// One for all.
+    One,
 }
 
 /// What becomes of a guest's output.

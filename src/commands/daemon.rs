@@ -1,7 +1,8 @@
 //! `ringback daemon`: one backend process for each guest and kind of
-//! device of ours.
+//! device of ours; one for all guests' vifs, if they are to meet in it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::{Context, Result, backend};
-use crate::cli::Daemon;
+use crate::cli::{Daemon, Processes};
 use crate::signals;
 
 /// A backend that ends sooner than this has done nothing: the next one waits.
@@ -53,6 +54,24 @@ impl Kind {
         match self {
             Kind::Blk => blkback::SCRIPT,
             Kind::Net => netback::SCRIPT,
+        }
+    }
+}
+
+/// Whose devices a process serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Whose {
+    /// Those of all guests.
+    All,
+    /// One guest's.
+    Domain(DomId),
+}
+
+impl fmt::Display for Whose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Whose::All => write!(f, "all domains"),
+            Whose::Domain(domid) => write!(f, "domain {domid}"),
         }
     }
 }
@@ -102,7 +121,7 @@ struct Running<'a> {
     root: String,
     context: &'a Context,
     options: &'a Daemon,
-    guests: BTreeMap<(Kind, DomId), Guest>,
+    guests: BTreeMap<(Kind, Whose), Guest>,
     ended: (Sender<()>, Receiver<()>),
 }
 
@@ -152,11 +171,11 @@ impl Running<'_> {
     /// Forgets backends that have ended; whether there were any.
     fn reap(&mut self) -> Result<bool> {
         let mut ended = false;
-        for ((kind, domid), guest) in &mut self.guests {
+        for ((kind, whose), guest) in &mut self.guests {
             let Some(child) = &mut guest.child else { continue };
             if let Some(status) = child.try_wait()? {
                 let kind = kind.command();
-                tracing::info!("the {kind} backend of domain {domid} has ended: {status}");
+                tracing::info!("the {kind} backend of {whose} has ended: {status}");
                 guest.ended(Instant::now());
                 ended = true;
             }
@@ -176,22 +195,21 @@ impl Running<'_> {
             for domid in self.store.list(Tx::NONE, &format!("{}/{}", self.root, kind.folder()))? {
                 let Ok(domid) = domid.parse::<DomId>() else { continue };
                 if self.has_device(kind, domid)? {
-                    wanted.push((kind, domid));
+                    wanted.push((kind, self.whose(kind, domid)));
                 }
             }
         }
         self.guests.retain(|guest, running| running.child.is_some() || wanted.contains(guest));
-        for (kind, domid) in wanted {
+        for guest in wanted {
             let now = Instant::now();
-            let failures = match self.guests.get(&(kind, domid)) {
+            let failures = match self.guests.get(&guest) {
                 Some(Guest { child: Some(_), .. }) => continue,
                 Some(guest) if now < guest.next => continue,
                 Some(guest) => guest.failures,
                 None => 0,
             };
-            let child = Some(self.spawn(kind, domid)?);
-            let guest = Guest { child, started: now, next: now, failures };
-            self.guests.insert((kind, domid), guest);
+            let child = Some(self.spawn(guest)?);
+            self.guests.insert(guest, Guest { child, started: now, next: now, failures });
         }
         Ok(())
     }
@@ -213,13 +231,24 @@ impl Running<'_> {
         Ok(false)
     }
 
-    fn spawn(&self, kind: Kind, domid: DomId) -> Result<Child> {
+    /// Who is served by the process that serves a guest's devices.
+    fn whose(&self, kind: Kind, domid: DomId) -> Whose {
+        match (kind, self.options.net_processes) {
+            (Kind::Net, Processes::One) => Whose::All,
+            (Kind::Blk, _) | (Kind::Net, Processes::PerGuest) => Whose::Domain(domid),
+        }
+    }
+
+    fn spawn(&self, (kind, whose): (Kind, Whose)) -> Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--run-dir").arg(&self.context.run_dir);
         if let Some(socket) = &self.context.socket {
             command.arg("--hypervisor").arg(socket);
         }
-        command.args(["backend", kind.command(), "--domid", &domid.to_string()]);
+        command.args(["backend", kind.command()]);
+        if let Whose::Domain(domid) = whose {
+            command.args(["--domid", &domid.to_string()]);
+        }
         if self.any(kind) {
             command.arg("--any");
         }
@@ -239,7 +268,7 @@ impl Running<'_> {
         if let Err(e) = watch(&child, self.ended.0.clone()) {
             tracing::debug!("process {} is looked after now and then: {e}", child.id());
         }
-        tracing::info!("{}: process {} serves domain {domid}", kind.command(), child.id());
+        tracing::info!("{}: process {} serves {whose}", kind.command(), child.id());
         Ok(child)
     }
 

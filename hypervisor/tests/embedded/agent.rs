@@ -16,7 +16,7 @@ use hypervisor::embedded::{
 };
 use hypervisor::{
     Access, Buffer, CopyOp, Direction, EventChannel, GrantedPages, Grants, Guest, Hypervisor,
-    Mapping,
+    Mapping, Source, Transfer,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -356,9 +356,39 @@ impl Hands {
             }
             "harden" => harden(self.mapped[n(1)].as_ref().unwrap()),
             "copy" => self.copy(n(1) as u16, &refs(2), words[3], n(4)),
+            "transfer" => {
+                let ends = [1, 3].map(|at| (n(at) as u16, refs(at + 1)));
+                self.transfer(&ends[0], &ends[1], n(5) as u16, n(6) as u16)
+            }
             "maps" => Ok(ringback_maps().to_string()),
             other => panic!("unknown command {other}"),
         }
+    }
+
+    /// Copies a page's bytes from `offset` on but for the last `skip` bytes from each of one domain's
+    /// pages to the begin of each of another's; the answer: a status each.
+    fn transfer(
+        &mut self,
+        from: &(u16, Vec<u32>),
+        to: &(u16, Vec<u32>),
+        offset: u16,
+        skip: u16,
+    ) -> Result<String, String> {
+        if self.buffer.is_none() {
+            self.buffer = Some(self.grants().buffer(64 * 4096).map_err(text)?);
+        }
+        let op = |(source, target): (&u32, &u32)| Transfer {
+            source: Source::Page { domid: from.0, gref: *source, offset },
+            gref: *target,
+            offset: 0,
+            len: 4096 - offset - skip,
+            status: 99,
+        };
+        let mut ops: Vec<_> = from.1.iter().zip(&to.1).map(op).collect();
+        let buffer = self.buffer.as_ref().unwrap();
+        self.grants().transfer(to.0, buffer, &mut ops).map_err(text)?;
+        let statuses: Vec<_> = ops.iter().map(|o| o.status.to_string()).collect();
+        Ok(statuses.join(","))
     }
 
     /// Copies whole pages from (`from`) or to (`to`) grants; in the second case of one byte.

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use hypervisor::core::domains::Kind;
-use hypervisor::embedded::message::{Copy, Endpoint, MAX_FDS, MAX_MESSAGE, Reader, Request};
-use hypervisor::{Access, store::Tx};
+use hypervisor::embedded::message::{Copy, Endpoint, MAX_FDS, MAX_MESSAGE, Move, Reader, Request};
+use hypervisor::{Access, Source, store::Tx};
 use rustix::fs::{FallocateFlags, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::net::{
@@ -277,10 +277,25 @@ impl Random {
         let at = if self.next(9) == 0 { u64::MAX } else { self.next(9000) };
         Copy { gref, offset: offset as u16, len: len as u16, at, access: self.access() }
     }
+    fn transfer(&mut self, domid: u16) -> Move {
+        let copy = self.copy();
+        let source = match self.next(3) {
+            0 => Source::Buffer(copy.at as usize),
+            _ => {
+                let (gref, offset) = (self.next(24) as u32, self.next(5000) as u16);
+                Source::Page { domid, gref, offset }
+            }
+        };
+        Move { source, gref: copy.gref, offset: copy.offset, len: copy.len }
+    }
     fn request(&mut self, own: u16) -> Request {
         let domid = [0, own, own + 1, 99][self.next(4) as usize];
         let small = |r: &mut Random| r.next(5) as u32;
-        match self.next(12) {
+        match self.next(13) {
+            12 => {
+                let ops = (0..self.next(5)).map(|_| self.transfer(domid)).collect();
+                Request::Transfer { domid: own, buffer: self.next(40), ops }
+            }
             0 => Request::OpenArena { peer: domid, access: self.access() },
             1 => Request::SealArena { arena: small(self) },
             2 | 3 => {

@@ -58,6 +58,41 @@ fn maps_copies_and_events() {
     assert_eq!(backend.ask("maps"), "0");
 }
 
+/// From a page of one guest into a page of another one, if both have granted it for that.
+#[test]
+fn pages_go_from_guest_to_guest() {
+    let rig = Rig::start();
+    let toolstack = rig.toolstack();
+    let create = |name| toolstack.create_domain(None, Kind::Guest, name).unwrap();
+    let (one, two) = (create("one"), create("two"));
+    let (mut sender, mut receiver, mut backend) = (rig.guest(one), rig.guest(two), rig.backend());
+    let from = sender.ask("grant 0 2 ro");
+    let others = sender.ask("grant 9 1 rw");
+    let to = receiver.ask("grant 0 2 rw");
+    let readable = receiver.ask("grant 0 1 ro");
+    sender.ask("fill 0 17");
+    assert_eq!(backend.ask(&format!("transfer {one} {from} {two} {to} 96 0")), "0,0");
+    assert_eq!(receiver.ask("peek 0 3999"), "17");
+    assert_eq!(receiver.ask("peek 0 4000"), "0", "beyond what was copied");
+    let refused = [
+        (&from, &readable, "-1", "a page that may only be read is written"),
+        (&others, &to, "-1", "a page of somebody else's is read"),
+    ];
+    for (from, to, status, what) in refused {
+        let asked = backend.ask(&format!("transfer {one} {from} {two} {to} 0 0"));
+        assert_eq!(asked, status, "{what}");
+    }
+    // The references are each guest's own, and so is what is written.
+    assert_eq!(backend.ask(&format!("transfer 77 {from} {two} {to} 0 0")).split(',').count(), 2);
+    let first = to.split(',').next().unwrap();
+    receiver.ask("fill 0 33");
+    // A page onto itself, as a guest with two devices may have it.
+    assert_eq!(backend.ask(&format!("transfer {two} {first} {two} {first} 8 8")), "0");
+    assert_eq!(receiver.ask("peek 0 5"), "33");
+    receiver.ask("revoke 0");
+    assert_eq!(backend.ask(&format!("transfer {one} {from} {two} {to} 0 0")), "-1,-1");
+}
+
 #[test]
 fn a_backend_maps_only_what_its_guest_grants_to_it() {
     let rig = Rig::start();
