@@ -22,6 +22,29 @@ fn copies_of_every_alignment_and_length_are_exact() {
 }
 
 #[test]
+fn long_copies_are_exact_too() {
+    let mem = HeapPages::new(2);
+    let noise = |seed: usize, len: usize| -> Vec<u8> {
+        (0..len).map(|i| ((i + seed) * 2_654_435_761 >> 7) as u8).collect()
+    };
+    for at in [0, 1, 8, 4093] {
+        for len in [STRING - 1, STRING, STRING + 1, 1448, 4096] {
+            let (before, data) = (noise(1, 2 * PAGE_SIZE), noise(at + len, len));
+            mem.write(0, &before);
+            mem.write(at, &data);
+            let mut all = vec![0; 2 * PAGE_SIZE];
+            mem.read(0, &mut all);
+            let mut expected = before;
+            expected[at..at + len].copy_from_slice(&data);
+            assert!(all == expected, "write at={at} len={len}");
+            let mut back = vec![0; len];
+            mem.copy_out(at, &mut back);
+            assert!(back == data, "read at={at} len={len}");
+        }
+    }
+}
+
+#[test]
 fn typed_values_round_trip() {
     let region = Region::new(HeapPages::new(1));
     let value = [1u32, 2, 3, 4, 5];
