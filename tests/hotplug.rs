@@ -167,6 +167,7 @@ fn a_vif_without_a_device_of_the_host_is_connected_at_once() {
         "xdp:eth1",
         "stream:/run/net.sock",
         "stream-server:[::1]:5000",
+        "switch:lan",
         "vhost-user:/run/vhost.sock",
         "vhost-user-server:/run/vhost.sock",
     ] {

@@ -27,6 +27,7 @@ use crate::live::Live;
 use crate::mailbox::Mailbox;
 use crate::negotiate::{Ports, QueueKeys, RxNotify};
 use crate::offload::Leaves;
+use crate::proto::Rx;
 use door::Doorkeeper;
 use to_guest::ToGuest;
 use worker::{Run, Worker};
@@ -112,6 +113,29 @@ pub(crate) struct Start<'a> {
     pub counters: Handle<QueueCounters>,
 }
 
+impl Start<'_> {
+    /// The way to the guest, over its rx ring.
+    fn way(&self, ring: Ring<Rx>, channels: Arc<Channels>) -> ToGuest {
+        ToGuest {
+            name: self.name.clone(),
+            domid: self.domid,
+            ring,
+            channels,
+            counters: self.counters.clone(),
+            number: self.number,
+            inboxes: self.inboxes.clone(),
+            live: self.live.clone(),
+            seen: self.live.look(),
+            accepts: self.accepts,
+            leaves: self.accepts.into(),
+            limits: self.limits.clone(),
+            filter: self.settings.filter.clone(),
+            stall: stall(&self.settings.config),
+            run: to_guest::Run::default(),
+        }
+    }
+}
+
 /// How long frames wait for the guest's pages.
 fn stall(config: &Config) -> Duration {
     Duration::from_secs(config.rx_stall_s.into())
@@ -179,23 +203,7 @@ impl Queue {
         let pool = Pool::new(grants.buffer(Pool::bytes(FRAMES))?);
         let shared = Shared::new(start.settings)?;
         let channels = Arc::new(channels);
-        let door = Doorkeeper::new(ToGuest {
-            name: start.name.clone(),
-            domid: start.domid,
-            ring: rx,
-            channels: channels.clone(),
-            counters: start.counters.clone(),
-            number: start.number,
-            inboxes: start.inboxes.clone(),
-            live: start.live.clone(),
-            seen: start.live.look(),
-            accepts: start.accepts,
-            leaves: start.accepts.into(),
-            limits: start.limits.clone(),
-            filter: start.settings.filter.clone(),
-            stall: stall(&start.settings.config),
-            run: to_guest::Run::default(),
-        });
+        let door = Doorkeeper::new(start.way(rx, channels.clone()));
         start.endpoint.meet(door.door());
         let hold = Arc::new(Hold::new(start.output));
         let worker = Worker {

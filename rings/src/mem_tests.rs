@@ -25,7 +25,7 @@ fn copies_of_every_alignment_and_length_are_exact() {
 fn long_copies_are_exact_too() {
     let mem = HeapPages::new(2);
     let noise = |seed: usize, len: usize| -> Vec<u8> {
-        (0..len).map(|i| ((i + seed) * 2_654_435_761 >> 7) as u8).collect()
+        (0..len).map(|i| (((i + seed) * 2_654_435_761) >> 7) as u8).collect()
     };
     for at in [0, 1, 8, 4093] {
         for len in [STRING - 1, STRING, STRING + 1, 1448, 4096] {

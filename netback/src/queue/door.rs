@@ -112,7 +112,7 @@ impl Crossing<'_> {
                 failed.extend(packet);
             }
         }
-        self.error = result.err();
+        self.error = self.error.take().or(result.err());
     }
 }
 
