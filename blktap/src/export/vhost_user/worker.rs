@@ -21,7 +21,7 @@ use perf::polling::Pollers;
 const BATCH: usize = 16;
 /// answers for which a driver that sleeps is woken once,
 const ANSWERS: u32 = 64;
-/// and the ns that the first of them may wait for the others.
+/// and the ns that the first of them may wait for the others, from when its request was taken.
 const HELD: u128 = 10_000;
 
 /// What the connection tells a queue's thread while it runs.
@@ -133,8 +133,9 @@ pub struct Worker<R> {
     pollers: Pollers,
     call: Option<Arc<OwnedFd>>,
     changes: u64,
-    /// Answers that are not published, and since when the first of them waits.
+    /// Answers that are not published.
     unpublished: u32,
+    /// When the first requests were taken of which the driver has not been told.
     held_since: Option<Instant>,
     /// Disk requests that were taken in this round.
     submitted: bool,
@@ -241,6 +242,9 @@ impl<R: Ring> Worker<R> {
                     return Err(self.broken(e));
                 }
             };
+            if taken == 0 && self.held_since.is_none() {
+                self.held_since = Some(Instant::now());
+            }
             taken += 1;
             self.accept(id)?;
         }
