@@ -87,9 +87,15 @@ fn rates(fio: &mut Command) -> [f64; 4] {
     [of("read", "iops"), of("write", "iops"), of("read", "bw_bytes"), of("write", "bw_bytes")]
 }
 
-fn near(what: &str, got: f64, wanted: f64) {
-    eprintln!("{what}: {got:.1} of {wanted}");
-    assert!((got / wanted - 1.0).abs() <= 0.05, "{what}: {got:.1} instead of {wanted}");
+/// Measures until all is within 5 % of what is wanted, three times at most: processors that are lent to
+/// others for a while distort a run, and a limit that does not hold fails all three.
+fn near<const N: usize>(what: &str, wanted: [f64; N], measure: impl Fn() -> [f64; N]) {
+    let is_near = |got: &[f64; N]| {
+        eprintln!("{what}: {got:.1?} of {wanted:?}");
+        got.iter().zip(wanted).all(|(got, wanted)| (got / wanted - 1.0).abs() <= 0.05)
+    };
+    let got = (0..3).map(|_| measure()).find(is_near);
+    assert!(got.is_some(), "{what}: three runs beside {wanted:?}");
 }
 
 const NULL: &str = "--null-disk=1073741824";
@@ -100,13 +106,14 @@ fn rates_are_held_by_fios_count() {
     let (at, control) = (folder.path(), folder.path().join("control"));
     let random = ["--rw=randread", "--bs=4k", "--iodepth=32", "--runtime=5"];
     let server = Server::start(at, &[NULL, "--throttle", "iops_total=1000"]);
-    near("1000 reads/s", rates(&mut fio(at, "", &random))[0], 1000.0);
+    let reads = || [rates(&mut fio(at, "", &random))[0]];
+    near("1000 reads/s", [1000.0], reads);
     server.end();
     let args = [NULL, "--throttle", "bps_total=10M,iops_read=500", "--control", text(&control)];
     let server = Server::start(at, &args);
     let writes = ["--rw=write", "--bs=64k", "--iodepth=8", "--runtime=5"];
-    near("10 MiB/s written", rates(&mut fio(at, "", &writes))[3], (10 << 20) as f64);
-    near("500 reads/s", rates(&mut fio(at, "", &random))[0], 500.0);
+    near("10 MiB/s written", [(10 << 20) as f64], || [rates(&mut fio(at, "", &writes))[3]]);
+    near("500 reads/s", [500.0], reads);
     // A change reaches those who are at it: the mean of two seconds each.
     let fast = ["--rw=randread", "--bs=4k", "--iodepth=32", "--runtime=4"];
     let running = fio(at, "", &fast).stdout(Stdio::piped()).spawn().expect("fio");
@@ -116,7 +123,7 @@ fn rates_are_held_by_fios_count() {
     let json = json_of(&told);
     let count = json["jobs"][0]["read"]["total_ios"].as_u64().expect("a number");
     assert!((4000..6200).contains(&count), "{count} reads: the change came late or never");
-    near("2000 reads/s", rates(&mut fio(at, "", &random))[0], 2000.0);
+    near("2000 reads/s", [2000.0], reads);
     server.end();
 }
 
@@ -124,19 +131,18 @@ fn rates_are_held_by_fios_count() {
 fn bursts_are_as_configured() {
     let (_alone, folder) = (ALONE.lock(), tempfile::tempdir().expect("a folder"));
     let limits = "iops_write=500,iops_write_max=2000,iops_write_max_length=3";
-    let start = || Server::start(folder.path(), &[NULL, "--throttle", limits]);
     let for_s = |s: &str| ["--rw=randwrite", "--bs=4k", "--iodepth=32", s].map(str::to_owned);
     let run = |s: &str| {
+        let server = Server::start(folder.path(), &[NULL, "--throttle", limits]);
         let args = for_s(s);
-        rates(&mut fio(folder.path(), "", &args.each_ref().map(String::as_str)))[1]
+        let fio = &mut fio(folder.path(), "", &args.each_ref().map(String::as_str));
+        let writes = rates(fio)[1];
+        server.end();
+        [writes]
     };
-    let server = start();
-    near("2000 writes/s in a burst of 3 s", run("--runtime=3"), 2000.0);
-    server.end();
+    near("2000 writes/s in a burst of 3 s", [2000.0], || run("--runtime=3"));
     // The burst has 3 s of 2000, of which 500 a second are paid off meanwhile: it lasts 4 s.
-    let server = start();
-    near("2000 writes/s for 4 s, 500 for 4 s", run("--runtime=8"), 1250.0);
-    server.end();
+    near("2000 writes/s for 4 s, 500 for 4 s", [1250.0], || run("--runtime=8"));
 }
 
 #[test]
@@ -157,10 +163,11 @@ fn two_disks_share_a_group() {
         let mut fio = fio(at, name, &args);
         std::thread::spawn(move || rates(&mut fio)[0])
     };
-    let (deep, shallow) = (run("a", "--iodepth=64"), run("b", "--iodepth=4"));
-    let (deep, shallow) = (deep.join().expect("fio"), shallow.join().expect("fio"));
-    near("both", deep + shallow, 1000.0);
-    near("the one with 4 on their way", shallow, 500.0);
+    near("both, and the one with 4 on their way", [1000.0, 500.0], || {
+        let (deep, shallow) = (run("a", "--iodepth=64"), run("b", "--iodepth=4"));
+        let (deep, shallow) = (deep.join().expect("fio"), shallow.join().expect("fio"));
+        [deep + shallow, shallow]
+    });
     server.end();
 }
 
