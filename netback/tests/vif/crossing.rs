@@ -3,7 +3,7 @@
 
 use netback::endpoint::Accepts;
 use netback::frame::{Checksum, Gso, GsoKind};
-use netback::proto::{RSP_ERROR, RSP_OKAY, TX_CSUM_BLANK};
+use netback::proto::{RSP_ERROR, RSP_OKAY, RxRequest, TX_CSUM_BLANK};
 use netback::{FrontOptions, NetFront};
 use rings::mem::SharedMem;
 use serde_json::json;
@@ -68,6 +68,14 @@ fn ends(rig: &Rig, accepts: Accepts) -> [End; 2] {
     two.send(DEVID, opaque(2, 60));
     one.expect(OTHER, opaque(2, 60));
     ends
+}
+
+/// Tells the switch, and this end, where the other one is.
+fn hello(raw: &mut Raw, one: &mut End) {
+    raw.tx_pages.write(0, &from_to(OTHER, DEVID, opaque(0, 60)));
+    let slot = raw.slot(0, 0, 60, 0);
+    raw.send(&[slot]);
+    one.expect(OTHER, opaque(0, 60));
 }
 
 #[test]
@@ -165,10 +173,7 @@ fn who_gives_no_pages_gets_its_packets_the_long_way() {
     rig.attach(OTHER, "switch:lab", &KEYS);
     let mut one = End::connect(&rig, DEVID, ALL);
     let mut raw = Raw::connect(&rig.guest(), OTHER, ALL);
-    raw.tx_pages.write(0, &from_to(OTHER, DEVID, opaque(0, 60)));
-    let hello = raw.slot(0, 0, 60, 0);
-    raw.send(&[hello]);
-    one.expect(OTHER, opaque(0, 60));
+    hello(&mut raw, &mut one);
     let (mut page, mut sent) = (0, 0);
     for round in 0..30u64 {
         let burst = 1 + mix(round) % 12;
@@ -285,4 +290,69 @@ fn a_receiver_that_comes_and_goes_leaves_nothing() {
         rig.begin_anew(OTHER);
     }
     assert!(rig.counter(DEVID, "tx_crossed") >= 200);
+}
+
+/// The sender's thread is the first to see it, and has no part in it: the receiver's vif ends, with the
+/// cause, and the sender's goes on.
+#[test]
+fn a_receiver_whose_index_lies_ends_its_own_vif() {
+    let rig = Rig::start("switch:lab", &KEYS);
+    rig.attach(OTHER, "switch:lab", &KEYS);
+    rig.attach(OTHER + 1, "switch:lab", &KEYS);
+    let mut one = End::connect(&rig, DEVID, ALL);
+    let mut third = End::connect(&rig, OTHER + 1, ALL);
+    one.send(OTHER + 1, opaque(3, 60));
+    third.expect(DEVID, opaque(3, 60));
+    third.send(DEVID, opaque(3, 60));
+    one.expect(OTHER + 1, opaque(3, 60));
+    for life in 0..3u64 {
+        let mut raw = Raw::connect(&rig.guest(), OTHER, ALL);
+        hello(&mut raw, &mut one);
+        raw.post(0, 3);
+        one.send(OTHER, opaque(life, 9000));
+        let bytes: Vec<u8> = raw.received(3).into_iter().flat_map(|(_, b)| b).collect();
+        assert!(bytes == from_to(DEVID, OTHER, opaque(life, 9000)));
+        assert_eq!(rig.counter(OTHER, "rx_crossed"), 1);
+        // `req_prod` is the ring's first word. Nobody is told: who comes next with a packet reads it.
+        raw.rx.memory().write(0, &(1000 + life as u32).to_ne_bytes());
+        one.send(OTHER, opaque(life, 9000));
+        raw.assert_ended();
+        let error = rig.error(OTHER).unwrap();
+        assert!(error.contains("req_prod"), "{error}");
+        for n in 0..20 {
+            one.send(OTHER + 1, opaque(n, 9000));
+            third.expect(DEVID, opaque(n, 9000));
+            third.send(DEVID, opaque(n, 9000));
+            one.expect(OTHER + 1, opaque(n, 9000));
+        }
+        raw.close();
+        rig.begin_anew(OTHER);
+    }
+    assert!(rig.counter(DEVID, "tx_crossed") >= 60);
+}
+
+/// A page that the receiver has not granted takes no byte of anybody, and no other packet with it.
+#[test]
+fn xsa_361_a_receivers_page_that_was_not_granted() {
+    let rig = Rig::start("switch:lab", &KEYS);
+    rig.attach(OTHER, "switch:lab", &KEYS);
+    let mut one = End::connect(&rig, DEVID, ALL);
+    let mut raw = Raw::connect(&rig.guest(), OTHER, ALL);
+    hello(&mut raw, &mut one);
+    for bad in 0..3 {
+        for page in 0..3 {
+            let granted = raw.rx_pages.refs()[page];
+            let gref = if page == bad { NOT_GRANTED } else { granted };
+            raw.rx.push(&RxRequest { id: page as u16, pad: 0, gref }).unwrap();
+        }
+        raw.post(3, 3);
+        one.send(OTHER, opaque(1, 9000));
+        one.send(OTHER, opaque(2, 9000));
+        let slots = raw.received(6);
+        assert!(slots[..3].iter().any(|(slot, _)| slot.status == RSP_ERROR), "page {bad}");
+        let bytes: Vec<u8> = slots[3..].iter().flat_map(|(_, b)| b.clone()).collect();
+        assert!(bytes == from_to(DEVID, OTHER, opaque(2, 9000)), "page {bad}");
+        assert_eq!(rig.counter(OTHER, "rx_dropped_copy"), bad as u64 + 1);
+    }
+    raw.close();
 }
