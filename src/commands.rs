@@ -96,7 +96,7 @@ pub fn run(cli: Cli) -> Result {
         Command::Doctor(options) => doctor::run(&context, &options),
         Command::Knobs(options) => knobs::run(&options),
         Command::Version => {
-            println!("ringback {}", env!("CARGO_PKG_VERSION"));
+            outln!("ringback {}", env!("CARGO_PKG_VERSION"));
             Ok(ExitCode::SUCCESS)
         }
     }

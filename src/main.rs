@@ -1,7 +1,9 @@
 //! The program `ringback`: backends, the bundled hypervisor, and the commands for both.
-// A command line program prints.
-#![allow(clippy::print_stdout)]
+// Its words go through `out`: a reader who has gone is no reason to panic.
+#![deny(clippy::print_stderr)]
 
+#[macro_use]
+mod out;
 mod cli;
 mod commands;
 mod platform;
@@ -17,10 +19,14 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = cli::Cli::parse_from(arguments(std::env::args_os()));
     log_to_stderr(cli.verbose);
-    match commands::run(cli) {
-        Ok(code) => code,
+    let done = commands::run(cli).unwrap_or_else(|e| {
+        errln!("ringback: {e}");
+        ExitCode::FAILURE
+    });
+    match out::finish() {
+        Ok(()) => done,
         Err(e) => {
-            eprintln!("ringback: {e}");
+            errln!("ringback: standard output: {e}");
             ExitCode::FAILURE
         }
     }

@@ -40,7 +40,7 @@ pub fn run(bench: &Bench) -> Result {
 }
 
 fn tell(measured: &impl Serialize) -> Result {
-    println!("{}", serde_json::to_string(measured)?);
+    outln!("{}", serde_json::to_string(measured)?);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -66,14 +66,14 @@ fn show(path: &PathBuf, as_json: bool) -> Result<()> {
             "granularity": granularity, "exact": exact, "changed-bytes": bytes,
             "changed": stretches,
         });
-        println!("{document}");
+        outln!("{document}");
         return Ok(());
     }
-    println!("name: {}", header.name);
-    println!("disk size: {}", header.disk_size);
-    println!("granularity: {granularity}");
-    println!("exact: {}", if exact { "yes" } else { "no (not closed: claims too much)" });
-    println!("changed: {bytes}");
-    all.iter().for_each(|(start, len)| println!("{start:>16} {len:>16}"));
+    outln!("name: {}", header.name);
+    outln!("disk size: {}", header.disk_size);
+    outln!("granularity: {granularity}");
+    outln!("exact: {}", if exact { "yes" } else { "no (not closed: claims too much)" });
+    outln!("changed: {bytes}");
+    all.iter().for_each(|(start, len)| outln!("{start:>16} {len:>16}"));
     Ok(())
 }

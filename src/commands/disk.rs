@@ -85,12 +85,12 @@ pub fn run(given: Option<PathBuf>, disk: &Disk) -> Result {
     };
     match result {
         Err(e) if e.is::<Usage>() => {
-            eprintln!("ringback: {e}");
+            errln!("ringback: {e}");
             Ok(ExitCode::from(USAGE))
         }
         // 1 means that they differ.
         Err(e) if matches!(disk, Disk::Compare(_)) => {
-            eprintln!("ringback: {e}");
+            errln!("ringback: {e}");
             Ok(ExitCode::from(compare::FAILED))
         }
         result => result,
@@ -102,5 +102,5 @@ fn document(mut value: serde_json::Value) {
     if let Some(object) = value.as_object_mut() {
         object.insert("schema".into(), 1.into());
     }
-    println!("{value}");
+    outln!("{value}");
 }

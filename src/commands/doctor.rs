@@ -58,12 +58,12 @@ pub fn run(context: &Context, options: &List) -> Result {
                 Err(text) => json!({"check": c.what, "ok": false, "text": text}),
             })
             .collect();
-        println!("{}", json!({"schema": 1, "checks": rows}));
+        outln!("{}", json!({"schema": 1, "checks": rows}));
     } else {
         for c in &checks {
             match &c.found {
-                Ok(text) => println!("ok    {}: {text}", c.what),
-                Err(text) => println!("BAD   {}: {text}", c.what),
+                Ok(text) => outln!("ok    {}: {text}", c.what),
+                Err(text) => outln!("BAD   {}: {text}", c.what),
             }
         }
     }

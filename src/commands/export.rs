@@ -119,12 +119,12 @@ pub fn nbd(options: &ExportNbd) -> Result {
     let _control = options.control.as_ref().map(control).transpose()?;
     if let Some(path) = &options.socket {
         server.listen_unix(path)?;
-        println!("listening at {}", path.display());
+        outln!("listening at {}", path.display());
     }
     if options.socket.is_none() || options.bind.is_some() || options.port.is_some() {
         let host = options.bind.as_deref().unwrap_or("localhost");
         for address in server.listen_tcp(host, options.port.unwrap_or(proto::PORT))? {
-            println!("listening at {address}");
+            outln!("listening at {address}");
         }
     }
     let stalls = stack.stalls();

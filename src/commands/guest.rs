@@ -76,7 +76,7 @@ fn end_with(lifeline: OwnedFd) -> io::Result<()> {
     let wait = move || loop {
         let mut fds = [PollFd::new(&lifeline, PollFlags::IN)];
         if poll(&mut fds, None).is_ok() && !fds[0].revents().is_empty() {
-            eprintln!("ringback: guest: the hypervisor is gone, or has ended this domain");
+            errln!("ringback: guest: the hypervisor is gone, or has ended this domain");
             std::process::exit(1);
         }
     };

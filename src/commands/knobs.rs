@@ -10,11 +10,11 @@ use crate::cli;
 /// The knobs of one kind of device.
 fn show<C: Knobs>(kind: &str, options: &cli::Knobs) {
     if options.markdown {
-        return print!("## {kind}\n\n{}\n", C::markdown());
+        return out!("## {kind}\n\n{}\n", C::markdown());
     }
-    println!("{kind}:");
+    outln!("{kind}:");
     for knob in C::KNOBS {
-        println!("  {:25} {} [default: {}; {}]", knob.name, knob.help, knob.default, knob.range);
+        outln!("  {:25} {} [default: {}; {}]", knob.name, knob.help, knob.default, knob.range);
     }
 }
 

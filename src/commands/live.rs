@@ -45,7 +45,7 @@ pub fn ask(context: &Context, device: &str, request: &Value) -> Result<Value> {
 /// `ringback resize`.
 pub fn resize(context: &Context, device: &str) -> Result {
     let answer = ask(context, device, &json!({"command": "resize"}))?;
-    println!("{device}: {} bytes", answer.get("size").and_then(Value::as_u64).unwrap_or(0));
+    outln!("{device}: {} bytes", answer.get("size").and_then(Value::as_u64).unwrap_or(0));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -64,6 +64,6 @@ pub fn output(context: &Context, device: &str, action: Output, then: Then) -> Re
     };
     let answer = ask(context, device, &request)?;
     let number = |key| answer.get(key).and_then(Value::as_u64).unwrap_or(0);
-    println!("{device}: {} packets, {} bytes", number("packets"), number("bytes"));
+    outln!("{device}: {} packets, {} bytes", number("packets"), number("bytes"));
     Ok(ExitCode::SUCCESS)
 }

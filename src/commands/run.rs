@@ -109,7 +109,7 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Gu
             Said::Line(Line::Report(report)) => break report,
             Said::Line(Line::Serving) => {
                 for uri in uris(&scene.plan) {
-                    println!("{uri}");
+                    outln!("{uri}");
                 }
             }
             Said::Interrupted if scene.plan.nbd.is_some() => processes.stop_guest()?,
@@ -117,7 +117,7 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Gu
         }
     };
     if shows {
-        eprint!("\r\x1b[K");
+        err!("\r\x1b[K");
     }
     // The guest has closed its devices and ends; its nodes go with it, and its backends too.
     Ok(report)

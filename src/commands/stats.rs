@@ -50,9 +50,9 @@ pub fn stats(context: &Context, options: &Stats) -> Result {
     } else {
         let all: Vec<Snapshot> = readers(context, device)?.into_iter().map(|(_, s)| s).collect();
         if options.json {
-            println!("{}", json!({"schema": perf::snapshot::SCHEMA, "devices": all}));
+            outln!("{}", json!({"schema": perf::snapshot::SCHEMA, "devices": all}));
         } else {
-            all.iter().for_each(|s| print!("{}", perf::text::values(s)));
+            all.iter().for_each(|s| out!("{}", perf::text::values(s)));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -65,9 +65,9 @@ fn describe(context: &Context, device: Option<&str>, as_json: bool) -> Result<()
         None => return Err("no device is served whose counters could be described".into()),
     };
     if as_json {
-        println!("{}", json!({"schema": perf::snapshot::SCHEMA, "counters": described}));
+        outln!("{}", json!({"schema": perf::snapshot::SCHEMA, "counters": described}));
     } else {
-        print!("{}", perf::text::describe(&described));
+        out!("{}", perf::text::describe(&described));
     }
     Ok(())
 }
@@ -75,7 +75,7 @@ fn describe(context: &Context, device: Option<&str>, as_json: bool) -> Result<()
 fn watch(context: &Context, options: &Stats, interval: Duration) -> Result<()> {
     let mut old = readers(context, options.device.as_deref())?;
     let mut left = options.count.unwrap_or(u64::MAX);
-    while left > 0 {
+    while left > 0 && crate::out::is_heard() {
         left -= 1;
         std::thread::sleep(interval);
         let new = readers(context, options.device.as_deref())?;
@@ -87,9 +87,9 @@ fn watch(context: &Context, options: &Stats, interval: Duration) -> Result<()> {
             })
             .collect();
         if options.json {
-            println!("{}", json!({"schema": perf::snapshot::SCHEMA, "devices": rates}));
+            outln!("{}", json!({"schema": perf::snapshot::SCHEMA, "devices": rates}));
         } else {
-            rates.iter().for_each(|r| print!("{}", perf::text::rates(r)));
+            rates.iter().for_each(|r| out!("{}", perf::text::rates(r)));
         }
         old = new;
     }
@@ -119,14 +119,14 @@ pub fn list(context: &Context, options: &List) -> Result {
                 json!({"device": s.device, "pid": s.pid, "writer": s.writer, "state": state})
             })
             .collect();
-        println!("{}", json!({"schema": 1, "devices": devices}));
+        outln!("{}", json!({"schema": 1, "devices": devices}));
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{:>6} {:5} {:10} {:>8} {:>8} STATE", "DOMID", "KIND", "NAME", "DEVID", "PID");
+    outln!("{:>6} {:5} {:10} {:>8} {:>8} STATE", "DOMID", "KIND", "NAME", "DEVID", "PID");
     for (_, s) in all {
         let state = state_of(&s);
         let d = s.device;
-        println!("{:>6} {:5} {:10} {:>8} {:>8} {state}", d.domid, d.kind, d.name, d.devid, s.pid);
+        outln!("{:>6} {:5} {:10} {:>8} {:>8} {state}", d.domid, d.kind, d.name, d.devid, s.pid);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -199,7 +199,7 @@ pub fn run(context: &Context, command: &Tap) -> Result {
             };
             let tty = std::io::stdout().is_terminal();
             for row in rows.iter().filter(wanted) {
-                println!("{}", if tty { row.columns() } else { row.pairs() });
+                outln!("{}", if tty { row.columns() } else { row.pairs() });
             }
         }
         Tap::Create { image, device } => {
@@ -213,11 +213,11 @@ pub fn run(context: &Context, command: &Tap) -> Result {
                     format!("/dev/nbd{index}").into()
                 }
             };
-            println!("{}", shown.display());
+            outln!("{}", shown.display());
         }
         Tap::Spawn => match (taps.spawn()?, std::io::stdout().is_terminal()) {
-            (pid, true) => println!("tapdisk spawned with pid {pid}"),
-            (pid, false) => println!("{pid}"),
+            (pid, true) => outln!("tapdisk spawned with pid {pid}"),
+            (pid, false) => outln!("{pid}"),
         },
         Tap::Destroy(target) => drop(taps.to("destroy", target, &json!({}))?),
         Tap::Attach(target) => drop(taps.to("attach", target, &json!({}))?),
@@ -228,14 +228,14 @@ pub fn run(context: &Context, command: &Tap) -> Result {
         Tap::Unpause { target, args } => {
             drop(taps.to("unpause", target, &json!({"args": args}))?);
         }
-        Tap::Stats(target) => println!("{}", taps.to("stats", target, &json!({}))?),
-        Tap::Allocate { device } => println!("{}", taps.allocate(device.as_deref())?.display()),
+        Tap::Stats(target) => outln!("{}", taps.to("stats", target, &json!({}))?),
+        Tap::Allocate { device } => outln!("{}", taps.allocate(device.as_deref())?.display()),
         Tap::Free { minor } => taps.free(*minor)?,
         Tap::Major { char: true, .. } => {
             return Err("tapdisks have no character devices here".into());
         }
-        Tap::Major { .. } => println!("{}", minors::major()?),
-        Tap::Check => println!("{}", check(&taps)?),
+        Tap::Major { .. } => outln!("{}", minors::major()?),
+        Tap::Check => outln!("{}", check(&taps)?),
         Tap::Tapdisk => process::run(&taps)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -204,7 +204,7 @@ pub fn run(options: &BenchBlk) -> Result {
             "schema": 2, "bench": "blk", "machine": machine(), "qemu": version,
             "pinned": options.place == Placement::Pinned, "seconds": options.seconds, "rounds": options.rounds, "rows": rows,
         });
-        println!("{document}");
+        outln!("{document}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -333,7 +333,7 @@ fn idle(options: &BenchBlk) -> Result {
         let document = serde_json::json!({
             "schema": 1, "bench": "blk idle", "machine": machine(), "idle": m,
         });
-        println!("{document}");
+        outln!("{document}");
     } else {
         table::idle(&m);
     }

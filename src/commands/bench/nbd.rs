@@ -129,38 +129,47 @@ pub fn run(options: &BenchNbd) -> Result {
             "format": options.format.names().0, "seconds": options.seconds,
             "rounds": options.rounds, "size_mib": options.size_mib, "rows": rows,
         });
-        println!("{document}");
+        outln!("{document}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn heading(options: &BenchNbd, versions: &[String]) {
-    println!(
+    outln!(
         "fio's nbd engine, one connection, {} images of {} MiB; medians of {} rounds of {} s",
         options.format.names().0,
         options.size_mib,
         options.rounds.max(1),
         options.seconds
     );
-    versions.iter().for_each(|version| println!("beside {version}"));
-    println!(
+    versions.iter().for_each(|version| outln!("beside {version}"));
+    outln!(
         "{:10} {:7} {:>5}  {:21} {:>9} {:>14} {:>6}",
-        "load", "cache", "depth", "server", "IOPS", "server us/req", "ratio"
+        "load",
+        "cache",
+        "depth",
+        "server",
+        "IOPS",
+        "server us/req",
+        "ratio"
     );
 }
 
 fn print(row: &Row) {
     let mut name = format!("{:10} {:7} {:5}", row.load, row.cache, row.depth);
     for side in &row.sides {
-        println!(
+        outln!(
             "{name:24}  {:21} {:9.0} {:14.2} {:6.2}",
-            side.server, side.iops, side.server_cpu_us, side.ratio
+            side.server,
+            side.iops,
+            side.server_cpu_us,
+            side.ratio
         );
         name.clear();
     }
     let bare = row.bare.map_or_else(|| "-".to_owned(), |iops| format!("{iops:.0}"));
     let bound = row.bound.map_or_else(String::new, |by| format!("  bound by {by}"));
-    println!("{:24}  bare file {bare}, null disk {:.0}{bound}", "", row.null);
+    outln!("{:24}  bare file {bare}, null disk {:.0}{bound}", "", row.null);
 }
 
 /// The images of a row, and where servers listen.

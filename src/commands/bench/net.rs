@@ -125,7 +125,7 @@ pub fn run(options: &BenchNet) -> Result {
             "pinned": options.place == Placement::Pinned, "seconds": options.seconds,
             "rounds": rounds, "rows": rows,
         });
-        println!("{document}");
+        outln!("{document}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -196,13 +196,13 @@ impl Bench {
 }
 
 fn heading(options: &BenchNet) {
-    println!(
+    outln!(
         "packets to a loopback and back, one queue, 128 under way; medians of {} rounds of {} s",
         options.rounds.max(1),
         options.seconds
     );
-    println!("(CPU in us and system calls of the data path a packet, there and back)");
-    println!(
+    outln!("(CPU in us and system calls of the data path a packet, there and back)");
+    outln!(
         "{:>6} {:>5} {:>7} {:>10} {:>7} {:>9} {:>8} {:>10} {:>11} {:>8}",
         "bytes",
         "pages",
@@ -222,7 +222,7 @@ fn print(row: &Row) {
         Staging::On => "on",
         Staging::Off => "off",
     };
-    println!(
+    outln!(
         "{:6} {:5} {staging:>7} {:10.0} {:7.2} {:9.2} {:8.2} {:10.2} {:11.3} {:8.3}",
         row.bytes,
         row.ring_pages,

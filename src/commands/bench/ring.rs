@@ -102,13 +102,13 @@ pub fn run(options: &BenchRing) -> Result {
             "schema": 1, "bench": "ring", "machine": machine(), "rounds": pairs,
             "aim": AIM, "rows": rows,
         });
-        println!("{document}");
+        outln!("{document}");
         return Ok(ExitCode::SUCCESS);
     }
-    println!("ns a request (112 bytes) and its response (16), median of {pairs} pairs");
-    println!("pages batch  C macros  ringback  ratio (aim {AIM})  without in-flight table  ratio");
+    outln!("ns a request (112 bytes) and its response (16), median of {pairs} pairs");
+    outln!("pages batch  C macros  ringback  ratio (aim {AIM})  without in-flight table  ratio");
     for r in &rows {
-        println!(
+        outln!(
             "{:5} {:5} {:9.1} {:9.1} {:6.2} {:35.1} {:6.2}",
             r.ring_pages,
             r.batch,

@@ -7,18 +7,26 @@ use crate::cli::BenchBlk;
 
 /// What the columns are.
 pub fn heading(options: &BenchBlk, peer: Option<&str>) {
-    println!(
+    outln!(
         "random 4 KiB requests, one queue; medians of {} rounds of {} s",
         options.rounds.max(1),
         options.seconds
     );
     if let Some(peer) = peer {
-        println!("beside {peer} with vhost-user-blk and the blkio crate's client");
-        println!("(alone: a file's reads by the backend's engine in one thread, without a ring)");
+        outln!("beside {peer} with vhost-user-blk and the blkio crate's client");
+        outln!("(alone: a file's reads by the backend's engine in one thread, without a ring)");
     }
-    println!(
+    outln!(
         "{:14} {:5} {:>5} {:9} {:>11} {:>13} {:>13} {:>13} {:>13}  ratio",
-        "disk", "op", "depth", "", "IOPS", "CPU s/M guest", "backend", "calls guest", "backend"
+        "disk",
+        "op",
+        "depth",
+        "",
+        "IOPS",
+        "CPU s/M guest",
+        "backend",
+        "calls guest",
+        "backend"
     );
 }
 
@@ -43,7 +51,7 @@ pub fn row(row: &Row) {
         Op::Read => "read",
         Op::Write => "write",
     };
-    println!("{:14} {op:5} {:5} {}", row.disk, row.depth, side("ringback", &row.ringback));
+    outln!("{:14} {op:5} {:5} {}", row.disk, row.depth, side("ringback", &row.ringback));
     let aim = row.aim.map_or(String::new(), |aim| format!(" (aim {aim})"));
     for peer in &row.qemu {
         let client = match peer.client {
@@ -51,20 +59,20 @@ pub fn row(row: &Row) {
             Waiting::Sleeping => "sleeping",
         };
         let ratio = peer.ratio;
-        println!("{:26} {} {ratio:6.2}{aim}, client {client}", "", side("qemu", &peer.side));
+        outln!("{:26} {} {ratio:6.2}{aim}, client {client}", "", side("qemu", &peer.side));
     }
     if let Some(alone) = row.alone_iops {
-        println!("{:26} {:9} {alone:11.0}", "", "alone");
+        outln!("{:26} {:9} {alone:11.0}", "", "alone");
     }
 }
 
 /// The idle device.
 pub fn idle(m: &Measured) {
-    println!("a connected device without work, for {} s:", m.seconds);
+    outln!("a connected device without work, for {} s:", m.seconds);
     for (name, usage, calls) in
         [("guest", m.guest, m.guest_calls), ("backend", m.backend, m.backend_calls)]
     {
-        println!(
+        outln!(
             "{name:8} {:8.3} ms of CPU, {} sleeps, {} data path calls",
             usage.cpu_ns as f64 / 1e6,
             usage.sleeps,

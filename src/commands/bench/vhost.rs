@@ -111,13 +111,13 @@ pub fn run(options: &BenchVhost) -> Result {
             "format": options.format.name(), "seconds": options.seconds,
             "rounds": options.rounds, "size_mib": options.size_mib, "rows": rows,
         });
-        println!("{document}");
+        outln!("{document}");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn heading(options: &BenchVhost, version: &str) {
-    println!(
+    outln!(
         "random 4 KiB requests by the blkio crate's client, one queue, {} images of {} MiB; \
          medians of {} rounds of {} s",
         options.format.name(),
@@ -125,8 +125,8 @@ fn heading(options: &BenchVhost, version: &str) {
         options.rounds.max(1),
         options.seconds
     );
-    println!("beside {version}");
-    println!(
+    outln!("beside {version}");
+    outln!(
         "{:7} {:5} {:>5} {:8} {:>10} {:>10} {:>6} {:>10} {:>10} {:>9} {:>9}",
         "cache",
         "op",
@@ -147,7 +147,7 @@ fn print(row: &Row) {
     let client = if row.client == Waiting::Polling { "polling" } else { "sleeping" };
     let alone = row.alone.map_or_else(|| "-".to_owned(), |iops| format!("{iops:.0}"));
     let bound = row.bound.map_or_else(String::new, |by| format!("  bound by {by}"));
-    println!(
+    outln!(
         "{:7} {op:5} {:5} {client:8} {:10.0} {:10.0} {:6.2} {:10.2} {:10.2} {:9.0} {alone:>9}{bound}",
         row.cache,
         row.depth,

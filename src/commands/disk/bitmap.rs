@@ -36,7 +36,7 @@ pub fn run(what: &Bitmap) -> Result {
                 let all: Vec<Value> = bitmaps.iter().map(value).collect();
                 document(json!({"filename": list.file, "bitmaps": all}));
             } else {
-                bitmaps.iter().for_each(|b| println!("{}", text(b)));
+                bitmaps.iter().for_each(|b| outln!("{}", text(b)));
             }
             return Ok(ExitCode::SUCCESS);
         }

@@ -54,7 +54,7 @@ pub fn run(options: &Check) -> Result {
     let mut work = Work::new(options.progress.progress)?;
     let format = opening.format()?;
     let Some(checked) = formats::check(&opening, format, repair, &mut work)? else {
-        eprintln!("ringback: {}: format {format} has nothing to check", options.file);
+        errln!("ringback: {}: format {format} has nothing to check", options.file);
         return Ok(ExitCode::from(UNSUPPORTED));
     };
     work.end();
@@ -93,21 +93,21 @@ fn value(checked: &Checked, file: &str, format: &str) -> Value {
 
 fn print(checked: &Checked) {
     let findings = &checked.findings;
-    findings.iter().take(SHOWN).for_each(|f| println!("{f}"));
+    findings.iter().take(SHOWN).for_each(|f| outln!("{f}"));
     if findings.len() > SHOWN {
-        println!("and {} more", findings.len() - SHOWN);
+        outln!("and {} more", findings.len() - SHOWN);
     }
     if checked.corruptions_fixed + checked.leaks_fixed > 0 {
         let (corruptions, leaks) = (checked.corruptions_fixed, checked.leaks_fixed);
-        println!("Repaired: {corruptions} corruptions, {leaks} leaked clusters.");
+        outln!("Repaired: {corruptions} corruptions, {leaks} leaked clusters.");
     }
     match checked.status() {
-        0 => println!("No errors were found on the image."),
+        0 => outln!("No errors were found on the image."),
         _ => {
             let Checked { corruptions, leaks, errors, .. } = checked;
-            println!("{corruptions} errors, {leaks} leaked clusters, {errors} unchecked.");
+            outln!("{corruptions} errors, {leaks} leaked clusters, {errors} unchecked.");
             if *corruptions + *leaks > 0 {
-                println!("`ringback disk check --repair` repairs what can be.");
+                outln!("`ringback disk check --repair` repairs what can be.");
             }
         }
     }
@@ -118,7 +118,7 @@ fn print(checked: &Checked) {
     if total > 0 {
         let allocated = number("allocated-clusters");
         let percent = |part: u64, of: u64| part as f64 * 100.0 / of.max(1) as f64;
-        println!(
+        outln!(
             "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
             percent(allocated, total),
             percent(number("fragmented-clusters"), allocated),
@@ -126,6 +126,6 @@ fn print(checked: &Checked) {
         );
     }
     if number("image-end-offset") > 0 {
-        println!("Image end offset: {}", number("image-end-offset"));
+        outln!("Image end offset: {}", number("image-end-offset"));
     }
 }

@@ -50,7 +50,7 @@ pub fn run(options: &Commit) -> Result {
             "filename": options.file, "base": file, "written": written, "emptied": emptied,
         }));
     } else {
-        println!("{}: {written} bytes of data written to {file}", options.file);
+        outln!("{}: {written} bytes of data written to {file}", options.file);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -37,7 +37,7 @@ pub fn run(options: &Compare) -> Result {
         Verdict::Size
     } else {
         if sizes.0 != sizes.1 && !options.quiet && !options.output.json {
-            println!("Warning: Image size mismatch!");
+            outln!("Warning: Image size mismatch!");
         }
         verdict(&*first.disk, &*second.disk, options.strict, &mut work)?
     };
@@ -103,6 +103,6 @@ fn tell(verdict: &Verdict, options: &Compare) {
             "identical": difference.is_none(), "difference": difference, "offset": offset,
         }));
     } else if !options.quiet {
-        println!("{text}");
+        outln!("{text}");
     }
 }

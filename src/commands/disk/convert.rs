@@ -36,7 +36,7 @@ pub fn run(options: &Convert) -> Result {
     let given = Options::parse(&options.options)?;
     if given.asks_for_help() {
         let format = parse_format(options.output_format.as_deref().unwrap_or("raw"))?;
-        print!("{}", formats::help(format));
+        out!("{}", formats::help(format));
         return Ok(ExitCode::SUCCESS);
     }
     let source = source(options)?;

@@ -120,7 +120,7 @@ pub fn run(options: &Create) -> Result {
     let format = parse_format(&options.format)?;
     let mut given = Options::parse(&options.options)?;
     if given.asks_for_help() {
-        print!("{}", formats::help(format));
+        out!("{}", formats::help(format));
         return Ok(ExitCode::SUCCESS);
     }
     let path = Path::new(&options.file);
@@ -152,7 +152,7 @@ pub fn run(options: &Create) -> Result {
     if options.output.json {
         document(json!({"filename": name, "format": format.name(), "virtual-size": size}));
     } else {
-        println!("{name}: {format}, {} ({size} bytes)", sizes::words(size));
+        outln!("{name}: {format}, {} ({size} bytes)", sizes::words(size));
     }
     Ok(ExitCode::SUCCESS)
 }

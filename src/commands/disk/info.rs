@@ -29,7 +29,7 @@ pub fn run(options: &Info) -> Result {
     let chain = if options.backing_chain { chain(&opening)? } else { vec![shown(&opening)?] };
     if !options.output.json {
         let texts: Vec<String> = chain.iter().map(text).collect();
-        print!("{}", texts.join("\n"));
+        out!("{}", texts.join("\n"));
     } else if options.backing_chain {
         document(json!({"chain": chain.iter().map(value).collect::<Vec<_>>()}));
     } else {

@@ -98,7 +98,7 @@ impl<'a> Begun<'a> {
             }
             if work.tick(job.number("done"), job.number("total")).is_break() && !told {
                 told = true;
-                eprintln!("ringback: {}: cancelling", self.device);
+                errln!("ringback: {}: cancelling", self.device);
                 // It may have ended meanwhile; how is told next.
                 let _ = self.say("cancel");
             }
@@ -143,7 +143,7 @@ fn tell(device: &str, job: &Job, in_json: bool) {
         return document(json!({"device": device, "job": job.0}));
     }
     if job.0.is_null() {
-        return println!("{device}: no job");
+        return outln!("{device}: no job");
     }
     let (kind, state) = (job.text("kind"), job.state());
     let (done, total) = (job.number("done"), job.number("total"));
@@ -152,7 +152,7 @@ fn tell(device: &str, job: &Job, in_json: bool) {
         "" => String::new(),
         error => format!(": {error}"),
     };
-    println!("{device}: {kind} {state}{far}{error} ({})", job.text("disk"));
+    outln!("{device}: {kind} {state}{far}{error} ({})", job.text("disk"));
 }
 
 /// A word to the job of a device.
@@ -167,7 +167,7 @@ pub fn word(context: &Context, on: &OnLive, command: &str) -> Result {
     if let Some(stopped) = stopped {
         let error = stopped.get("error").and_then(Value::as_str).unwrap_or_default();
         let requests = stopped.get("requests").and_then(Value::as_u64).unwrap_or_default();
-        println!(
+        outln!(
             "{device}: paused by an error: {error}; {requests} request(s) are tried again by \
              `ringback disk resume`"
         );
@@ -271,7 +271,7 @@ pub fn snapshot(context: &Context, options: &CreateSnapshot) -> Result {
         // They go back to where they were.
         for job in &begun {
             if let Err(e) = job.give_up() {
-                eprintln!("ringback: {e}");
+                errln!("ringback: {e}");
             }
         }
     }

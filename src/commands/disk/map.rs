@@ -116,7 +116,7 @@ pub fn run(options: &Map) -> Result {
     let end = start.saturating_add(length).min(size);
     let mut document_lines = Vec::new();
     if !options.output.json {
-        println!("{:<15} {:<15} {:<15} File", "Offset", "Length", "Mapped to");
+        outln!("{:<15} {:<15} {:<15} File", "Offset", "Length", "Mapped to");
     }
     let mut show = |line: &Line| {
         if options.output.json {
@@ -167,5 +167,5 @@ fn print(line: &Line, file: &str) {
         None => "?".into(),
     };
     let file = line.file.as_deref().unwrap_or(file);
-    println!("{:<15} {:<15} {to:<15} {file}", hex(line.start), hex(line.length));
+    outln!("{:<15} {:<15} {to:<15} {file}", hex(line.start), hex(line.length));
 }

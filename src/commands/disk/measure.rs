@@ -24,7 +24,7 @@ pub fn run(options: &Measure) -> Result {
     let format = parse_format(&options.output_format)?;
     let mut given = Options::parse(&options.options)?;
     if given.asks_for_help() {
-        print!("{}", formats::help(format));
+        out!("{}", formats::help(format));
         return Ok(ExitCode::SUCCESS);
     }
     let source = options.file.as_deref().map(|file| source(options, file)).transpose()?;
@@ -45,10 +45,10 @@ pub fn run(options: &Measure) -> Result {
         }
         document(value);
     } else {
-        println!("required size: {}", measured.required);
-        println!("fully allocated size: {}", measured.fully_allocated);
+        outln!("required size: {}", measured.required);
+        outln!("fully allocated size: {}", measured.fully_allocated);
         if let Some(bitmaps) = measured.bitmaps {
-            println!("bitmaps size: {bitmaps}");
+            outln!("bitmaps size: {bitmaps}");
         }
     }
     Ok(ExitCode::SUCCESS)

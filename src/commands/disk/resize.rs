@@ -46,7 +46,7 @@ pub fn run(options: &Resize) -> Result {
             "virtual-size": now, "old-virtual-size": old,
         }));
     } else {
-        println!("{}: {} ({now} bytes)", options.file, sizes::words(now));
+        outln!("{}: {} ({now} bytes)", options.file, sizes::words(now));
     }
     Ok(ExitCode::SUCCESS)
 }

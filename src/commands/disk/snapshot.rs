@@ -42,8 +42,8 @@ pub fn run(what: &Snapshot) -> Result {
                 let all: Vec<Value> = snapshots.iter().map(value).collect();
                 document(json!({"filename": list.file, "snapshots": all}));
             } else if !snapshots.is_empty() {
-                println!("Snapshot list:");
-                table(&snapshots).iter().for_each(|line| println!("{line}"));
+                outln!("Snapshot list:");
+                table(&snapshots).iter().for_each(|line| outln!("{line}"));
             }
             return Ok(ExitCode::SUCCESS);
         }

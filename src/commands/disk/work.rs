@@ -59,7 +59,7 @@ impl Work {
     /// Takes the line away, so that others can write.
     pub fn clear(&self) {
         if self.last.is_some() && self.shows == Shows::Line {
-            eprint!("\r\x1b[K");
+            err!("\r\x1b[K");
         }
     }
 
@@ -70,7 +70,7 @@ impl Work {
         }
         match self.shows {
             Shows::Line => self.clear(),
-            Shows::Lines(shown) if shown != 100 => eprintln!("(100.00/100%)"),
+            Shows::Lines(shown) if shown != 100 => errln!("(100.00/100%)"),
             _ => {}
         }
     }

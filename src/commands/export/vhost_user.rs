@@ -20,7 +20,7 @@ pub fn vhost_user_blk(options: &ExportVhostUserBlk) -> Result {
     if options.print_capabilities {
         let capabilities =
             serde_json::json!({ "type": "block", "features": ["blk-file", "read-only"] });
-        println!("{capabilities:#}");
+        outln!("{capabilities:#}");
         return Ok(ExitCode::SUCCESS);
     }
     let socket = options.fd.map(inherited).transpose()?;
@@ -32,7 +32,7 @@ pub fn vhost_user_blk(options: &ExportVhostUserBlk) -> Result {
     let mut server = match (&options.socket_path, socket) {
         (Some(path), _) => {
             let server = Server::listen(export, path)?;
-            println!("listening at {}", path.display());
+            outln!("listening at {}", path.display());
             server
         }
         (None, Some(socket)) => Server::inherit(export, socket)?,

@@ -75,14 +75,14 @@ impl Outcome {
     /// To standard output; what is wrong, as text, to standard error.
     pub fn print(&self, as_json: bool) {
         if as_json {
-            return println!("{}", self.document());
+            return outln!("{}", self.document());
         }
         for text in self.complaints() {
-            eprintln!("ringback: {text}");
+            errln!("ringback: {text}");
         }
         for r in &self.report.disks {
             let grants = if r.persistent { "persistent grants" } else { "grant copy" };
-            println!(
+            outln!(
                 "{}: {} queue(s) of {} page(s), {grants}, {} requests, {} flushes, {} discards, \
                  {} MiB read back",
                 r.vdev,
@@ -95,15 +95,15 @@ impl Outcome {
             );
         }
         for vif in &self.report.vifs {
-            println!("{}", vif.line());
+            outln!("{}", vif.line());
         }
-        println!(
+        outln!(
             "image: {} MiB compared on the host; {:.1} s, seed {}",
             self.checked.bytes >> 20,
             self.seconds,
             self.seed
         );
-        println!(
+        outln!(
             "verified {} MiB, {} requests, {} errors",
             self.verified_mib(),
             self.requests(),

@@ -75,7 +75,7 @@ pub fn connect(context: &Context, options: &Connect) -> Result {
         allow_backing: options.allow_backing.clone(),
     };
     let index = Taps::of(context).create_device(&image, options.device.as_deref())?;
-    println!("/dev/nbd{index}");
+    outln!("/dev/nbd{index}");
     Ok(ExitCode::SUCCESS)
 }
 
