@@ -10,7 +10,7 @@ pub mod stamp;
 pub mod vif;
 pub mod workload;
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -104,7 +104,7 @@ fn perform(processes: &mut Processes, scene: &Scene, options: &Run) -> Result<Gu
     let shows = !options.json && (options.progress || std::io::stderr().is_terminal());
     let report = loop {
         match processes.next_line()? {
-            Said::Line(Line::Progress(moved)) if shows => show(moved, total)?,
+            Said::Line(Line::Progress(moved)) if shows => show(moved, total),
             Said::Line(Line::Progress(_)) => {}
             Said::Line(Line::Report(report)) => break report,
             Said::Line(Line::Serving) => {
@@ -131,11 +131,9 @@ fn uris(plan: &GuestPlan) -> Vec<String> {
     plan.disks.iter().map(of).collect()
 }
 
-fn show(moved: u64, total: u64) -> std::io::Result<()> {
+fn show(moved: u64, total: u64) {
     let percent = (moved * 100).checked_div(total).unwrap_or(100).min(100);
-    let mut err = std::io::stderr().lock();
-    write!(err, "\r\x1b[K{percent:3} %  {} of about {} MiB", moved >> 20, total >> 20)?;
-    err.flush()
+    err!("\r\x1b[K{percent:3} %  {} of about {} MiB", moved >> 20, total >> 20);
 }
 
 fn attach(

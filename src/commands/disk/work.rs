@@ -1,6 +1,6 @@
 //! Long work: how far it is, and whether it is to end.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -83,16 +83,13 @@ impl Work {
         self.last = Some(now);
         let percent = if total == 0 { 100.0 } else { done as f64 * 100.0 / total as f64 };
         let percent = percent.min(100.0);
-        let mut err = std::io::stderr().lock();
-        // Nobody may be there to read it.
-        let _ = match &mut self.shows {
-            Shows::Line => write!(err, "\r\x1b[K({percent:.2}/100%)"),
+        match &mut self.shows {
+            Shows::Line => err!("\r\x1b[K({percent:.2}/100%)"),
             Shows::Lines(shown) if *shown != percent as u64 => {
                 *shown = percent as u64;
-                writeln!(err, "({percent:.2}/100%)")
+                errln!("({percent:.2}/100%)");
             }
-            _ => Ok(()),
-        };
-        let _ = err.flush();
+            _ => {}
+        }
     }
 }
