@@ -152,6 +152,18 @@ fn witness(disk: &BlkFront, stop: &AtomicBool, reads: &AtomicU64) -> Result<()> 
     Ok(())
 }
 
+/// Waits until the other device has answered `wanted` reads.
+fn wait_for_reads(reads: &AtomicU64, wanted: u64) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while reads.load(Ordering::Relaxed) < wanted {
+        if Instant::now() >= end {
+            return Err("the other device answers nothing".into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, kind, bad, good] = arguments.as_slice() else {
@@ -171,12 +183,17 @@ fn main() -> Result<()> {
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     let during = std::thread::scope(|scope| -> Result<u64> {
         let other = scope.spawn(|| witness(&disk, &stop, &reads).map_err(|e| e.to_string()));
-        let before = reads.load(Ordering::Relaxed);
-        let attacked = attacker.attack(kind);
-        let during = reads.load(Ordering::Relaxed) - before;
+        let attacked = wait_for_reads(&reads, 1).and_then(|()| {
+            let before = reads.load(Ordering::Relaxed);
+            attacker.attack(kind)?;
+            // An attack may be shorter than a read. The second read from here on began after the
+            // attack did, so the device stood it.
+            wait_for_reads(&reads, before + 2)?;
+            Ok(reads.load(Ordering::Relaxed) - before)
+        });
         stop.store(true, Ordering::Release);
         other.join().map_err(|_| "the witness panicked")??;
-        attacked.map(|()| during)
+        attacked
     })?;
     attacker.close()?;
     disk.close()?;

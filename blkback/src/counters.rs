@@ -28,6 +28,8 @@ perf::counters! {
         errors: Counter [requests],
         /// Requests that a killed predecessor had taken and not answered, served again.
         replayed: Counter [requests],
+        /// Requests done once more with copied data, since the kernel refused the guest's pages.
+        bounced: Counter [requests],
         /// Requests that have failed and wait until the disk is resumed.
         stalled: Gauge [requests],
         /// Granted pages mapped.

@@ -33,6 +33,11 @@ pub(super) const TABLE_PAGES: usize = 64;
 /// exceeded at worst.
 const CHUNK: usize = 16;
 
+/// The kernel lets go of a page a moment after it has said that direct I/O is complete. What is
+/// unmapped within that moment is spoilt for whoever maps it next (see `worker/bounced.rs`). Longer
+/// than Xen's scheduler lets others run in its middle (30 ms).
+const LET_GO: Duration = Duration::from_millis(50);
+
 /// Of so many pages that a full pool does not have, so many come into it, as one mapping; the
 /// others are copied. A guest that goes round more pages than the pool has would otherwise find
 /// none of them again, each mapped and unmapped for one use: 1056 entries and 1500 pages in turn
@@ -124,15 +129,16 @@ impl Memory {
     }
 
     /// Finds places for all segments of a slot, or for none. A write's segments that are copied
-    /// are queued for the next [`copy`](Self::copy).
+    /// are queued for the next [`copy`](Self::copy), and with `copied` all are.
     pub(super) fn place(
         &mut self,
         slot: u32,
         pieces: &mut [Piece],
         direction: Direction,
+        copied: bool,
         now: u64,
     ) -> Result<(), Short> {
-        match self.mode {
+        match if copied { GrantMode::Copy } else { self.mode } {
             GrantMode::Persistent => self.place_mapped(pieces),
             GrantMode::Map => self.map_missing(pieces, pieces.len(), direction.access()),
             GrantMode::Copy => {}
@@ -354,6 +360,9 @@ impl Memory {
 
     /// Unmaps everything. Nothing may be in flight.
     pub(super) fn close(self) {
+        if !self.pool.is_empty() {
+            std::thread::sleep(LET_GO);
+        }
         self.pool.close(drop);
     }
 }

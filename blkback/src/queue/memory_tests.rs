@@ -54,7 +54,7 @@ fn hits(pages: u32, limit: u32) -> f64 {
                 Piece { segment, place: Place::Nowhere }
             };
             let mut pieces: Vec<Piece> = (first..(first + 32).min(pages)).map(piece).collect();
-            assert!(memory.place(0, &mut pieces, Direction::ToGrant, 0).is_ok());
+            assert!(memory.place(0, &mut pieces, Direction::ToGrant, false, 0).is_ok());
             assert!(memory.pool.len() <= limit as usize);
             memory.release(&mut pieces, 0);
         }
@@ -93,7 +93,7 @@ fn pages_that_are_not_used_any_more_give_way() {
                 place: Place::Nowhere,
             };
             let mut pieces: Vec<Piece> = (first..first + 64).map(piece).collect();
-            assert!(memory.place(0, &mut pieces, Direction::ToGrant, round).is_ok());
+            assert!(memory.place(0, &mut pieces, Direction::ToGrant, false, round).is_ok());
             memory.release(&mut pieces, round);
             if counters.hits.get() - before == 64 {
                 rounds_to_move = round;

@@ -41,6 +41,8 @@ pub(super) struct Slot {
     pub offset: u64,
     pub len: u64,
     pub segments: u16,
+    /// Its data go through memory of this process's own, whatever the queue's way is.
+    pub copied: bool,
     /// When its batch was taken, in ns.
     pub taken_at: u64,
 }
@@ -52,6 +54,7 @@ const FREE: Slot = Slot {
     offset: 0,
     len: 0,
     segments: 0,
+    copied: false,
     taken_at: 0,
 };
 

@@ -1,5 +1,6 @@
 //! The loop of one queue: take a batch, validate, place, submit, reap, answer, notify once.
 
+mod bounced;
 mod drain;
 mod refused;
 mod stalled;
@@ -368,7 +369,8 @@ impl<A: Abi> Worker<A> {
             Work::Read => Direction::ToGrant,
             _ => Direction::FromGrant,
         };
-        self.memory.place(slot, self.slots.pieces(slot), direction, self.run.now).is_ok()
+        let copied = self.slots.get(slot).copied;
+        self.memory.place(slot, self.slots.pieces(slot), direction, copied, self.run.now).is_ok()
     }
 
     fn send(&mut self, slot: u32) -> Result<(), Fault> {
@@ -423,7 +425,7 @@ impl<A: Abi> Worker<A> {
     }
 
     fn completed(&mut self, slot: u32, errno: i32) -> Result<(), Fault> {
-        if errno != 0 && self.stalls(slot, errno) {
+        if errno != 0 && (self.bounces(slot, errno) || self.stalls(slot, errno)) {
             return Ok(());
         }
         let s = self.slots.get_mut(slot);

@@ -2,6 +2,7 @@
 // Requests name the memory of these tests by address.
 #![allow(unsafe_code, clippy::unwrap_used)]
 
+mod bounced;
 mod counting;
 mod filters;
 mod rig;

@@ -8,7 +8,7 @@ use super::{Worker, status_of};
 use crate::proto::Abi;
 
 /// What of a request is on the disk.
-fn op_of(s: &Slot) -> Op {
+pub(super) fn op_of(s: &Slot) -> Op {
     match (s.stage, s.work) {
         (Stage::PreFlush, _) => Op::Flush,
         (_, Work::Read) => Op::Read,
