@@ -12,22 +12,33 @@ use perf::Handle;
 
 use crate::counters::RingCounters;
 use crate::front::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
-use crate::index::{self, Notify, Pending, Strong};
+use crate::index::{self, Moving, Notify, Pending, Strong};
 use crate::inflight::InFlight;
-use crate::mem::{Region, SharedMem, Unit, kill_point};
-use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
+use crate::mem::{Row, SharedMem, kill_point};
+use crate::protocol::{Corrupt, Protocol, SizeError, Slots, slots_of};
 
 /// The right and duty to answer one request: it cannot be copied, and answering uses it up.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a request that is never answered keeps its slot for ever"]
-pub struct Slot(u32);
+pub struct Slot(NonZeroU32);
+
+/// In every [`Slot`], so that an `Option` of one takes no more room: entries are below it.
+const SOME: u32 = 1 << 31;
 
 impl Slot {
+    #[inline(always)]
+    fn of(entry: u32) -> Slot {
+        Slot(NonZeroU32::new(entry | SOME).unwrap_or(NonZeroU32::MIN))
+    }
+    #[inline(always)]
+    fn entry(&self) -> u32 {
+        self.0.get() & !SOME
+    }
     /// Index in the in-flight table, below the ring's slots; no two requests in flight have the
     /// same. Good for the caller's own array of request state.
     #[inline]
     pub fn index(&self) -> usize {
-        self.0 as usize
+        self.entry() as usize
     }
 }
 
@@ -104,12 +115,13 @@ impl Stack {
 
 /// The backend's end of a ring over 1, 2, 4 ... pages, with its in-flight table.
 pub struct BackRing<P: Protocol, M, T> {
-    region: Region<M>,
-    slots: u32,
+    ring: Row<M, Slots<P>>,
     /// Requests taken (`req_cons`): the table's own count, which need not be read back.
     taken: u32,
     /// Requests seen (the last `req_prod` that was read).
     seen: u32,
+    /// How far they may be taken: not at all while there are some to be taken again.
+    ready: u32,
     /// Responses written (`rsp_prod_pvt`) and published.
     written: u32,
     published: u32,
@@ -133,18 +145,18 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         table: T,
         counters: Handle<RingCounters>,
     ) -> Result<(Self, Notify), AttachError> {
-        let slots = slots_in::<P>(memory.len())?;
+        let ring = slots_of::<P, M>(memory)?;
+        let slots = ring.count();
         let entries = table.slots();
         if entries < slots {
             return Err(AttachError::Table { entries, slots });
         }
-        let region = Region::new(memory);
-        let rsp_prod = region.word(RSP_PROD).load(Acquire);
+        let rsp_prod = ring.region().word(RSP_PROD).load(Acquire);
         let mut ring = BackRing {
-            region,
-            slots,
+            ring,
             taken: rsp_prod,
             seen: rsp_prod,
+            ready: rsp_prod,
             written: rsp_prod,
             published: rsp_prod,
             table,
@@ -166,9 +178,9 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             self.table.begin(self.published);
         }
         let (taken, entries) = (self.table.taken().unwrap_or(self.published), self.entries);
-        (self.taken, self.seen) = (taken, taken);
+        (self.taken, self.seen, self.ready) = (taken, taken, taken);
         let count = taken.wrapping_sub(self.published);
-        if count > self.slots {
+        if count > self.slots() {
             return Err(self.foreign(count));
         }
         // When each was last used, counted from E requests ago; 0 for before that.
@@ -200,12 +212,12 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     #[cold]
     fn foreign(&self, count: u32) -> Corrupt {
         let (found, least) = (self.published, self.published.wrapping_add(count));
-        Corrupt { ring: P::NAME, index: "rsp_prod", found, least, room: self.slots }
+        Corrupt { ring: P::NAME, index: "rsp_prod", found, least, room: self.slots() }
     }
 
     /// Slots of the ring.
     pub fn slots(&self) -> u32 {
-        self.slots
+        self.ring.count()
     }
     /// Requests taken and not answered, with those still to be taken again.
     pub fn in_flight(&self) -> u32 {
@@ -217,7 +229,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     }
     /// The ring's memory.
     pub fn memory(&self) -> &M {
-        self.region.owner()
+        self.ring.region().owner()
     }
     /// The in-flight table.
     pub fn table(&self) -> &T {
@@ -228,43 +240,77 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         &self.counters
     }
 
-    #[inline(always)]
-    fn slot_offset(&self, index: u32) -> usize {
-        HEADER + (index & (self.slots - 1)) as usize * slot_size::<P>()
-    }
-
     /// The next request, copied out once. `None`: there is none now. `Corrupt`: the frontend's
     /// index is impossible; nothing more can be taken.
     #[inline(always)]
     pub fn take(&mut self) -> Result<Option<Taken<P::Req>>, Corrupt> {
-        if self.replay.len > 0 {
-            return Ok(self.take_again());
-        }
         let at = self.taken;
-        if at == self.seen && self.look()? == Pending::Nothing {
-            return Ok(None);
+        if at == self.ready {
+            if self.replay.len > 0 {
+                return Ok(self.take_again());
+            }
+            if self.look()? == Pending::Nothing {
+                return Ok(None);
+            }
         }
         // Its entry is free: no more requests are seen than the ring has slots.
-        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Req>()) };
-        let (slot, req) = self.table.put(at, self.region.arriving(self.slot_offset(at), unit));
+        let (slot, req) = self.table.put(at, self.ring.arriving(at));
         self.taken = at.wrapping_add(1);
-        Ok(Some(Taken { slot: Slot(slot), req }))
+        Ok(Some(Taken { slot: Slot::of(slot), req }))
+    }
+
+    /// Takes all requests that are there, as [`take`](Self::take) would one by one: looks at the
+    /// frontend's index once, where none is known to be there.
+    #[inline]
+    pub fn take_all(&mut self, mut each: impl FnMut(Taken<P::Req>)) -> Result<(), Corrupt> {
+        if self.unconsumed() == 0 {
+            let _ = self.look()?;
+        }
+        while let Some(taken) = self.take_again() {
+            each(taken);
+        }
+        let mut next = Moving::from(&mut self.taken);
+        while next.at != self.ready {
+            let (slot, req) = self.table.put(next.at, self.ring.arriving(next.at));
+            next.at = next.at.wrapping_add(1);
+            each(Taken { slot: Slot::of(slot), req });
+        }
+        Ok(())
     }
 
     #[cold]
     fn take_again(&mut self) -> Option<Taken<P::Req>> {
-        let slot = self.replay.pop()?;
-        Some(Taken { slot: Slot(slot), req: self.table.request(slot) })
+        let slot = self.next_again()?;
+        Some(Taken { slot: Slot::of(slot), req: self.table.request(slot) })
+    }
+
+    /// The next entry that a predecessor has left, which comes before anything new.
+    #[cold]
+    fn next_again(&mut self) -> Option<u32> {
+        let slot = self.replay.pop();
+        if self.replay.len == 0 {
+            self.ready = self.seen;
+        }
+        slot
     }
 
     /// Writes the response of a request, in any order. The frontend sees it after
     /// [`publish`](Self::publish). Panics if `slot` is another ring's and makes one too many.
     #[inline(always)]
     pub fn respond(&mut self, slot: Slot, rsp: &P::Rsp) {
-        assert!(self.in_flight() > 0, "a slot of another ring");
-        self.region.store(self.slot_offset(self.written), rsp);
-        self.table.free(self.written.wrapping_add(self.entries), slot.0);
-        self.written = self.written.wrapping_add(1);
+        self.respond_all([(slot, *rsp)]);
+    }
+
+    /// Writes many responses, each as [`respond`](Self::respond).
+    #[inline]
+    pub fn respond_all(&mut self, answers: impl IntoIterator<Item = (Slot, P::Rsp)>) {
+        let mut next = Moving::from(&mut self.written);
+        for (slot, rsp) in answers {
+            assert!(next.at != self.taken, "a slot of another ring");
+            self.ring.store(next.at, &rsp);
+            self.table.free(next.at.wrapping_add(self.entries), slot.entry());
+            next.at = next.at.wrapping_add(1);
+        }
     }
 
     /// Shows the frontend all responses written so far
@@ -275,7 +321,8 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         if old == new {
             return Notify::Skip;
         }
-        let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+        let (producer, event) =
+            (self.ring.region().word(RSP_PROD), self.ring.region().word(RSP_EVENT));
         kill_point();
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
@@ -291,14 +338,14 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// responses that are written. It may have changed a moment later.
     #[inline]
     pub fn is_awaited(&self) -> bool {
-        let event = self.region.word(RSP_EVENT).load(Relaxed);
+        let event = self.ring.region().word(RSP_EVENT).load(Relaxed);
         self.written.wrapping_sub(event) < self.written.wrapping_sub(self.published)
     }
 
     /// Looks whether there are requests, without asking for a notification.
     #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
-        let found = index::look::<_, Strong>(self.region.word(REQ_PROD));
+        let found = index::look::<_, Strong>(self.ring.region().word(REQ_PROD));
         let pending = self.found(found)?;
         if self.woken {
             self.woken = false;
@@ -313,10 +360,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     fn found(&mut self, req_prod: u32) -> Result<Pending, Corrupt> {
         if req_prod != self.seen {
             let new = req_prod.wrapping_sub(self.seen);
-            if new > self.slots - self.seen.wrapping_sub(self.published) {
+            if new > self.slots() - self.seen.wrapping_sub(self.published) {
                 return Err(self.corrupt(req_prod));
             }
             self.seen = req_prod;
+            if self.replay.len == 0 {
+                self.ready = req_prod;
+            }
             self.counters.requests.add(u64::from(new));
             self.counters.batch.record(u64::from(new));
         }
@@ -330,7 +380,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     #[cold]
     fn corrupt(&self, found: u32) -> Corrupt {
-        let room = self.slots.saturating_sub(self.seen.wrapping_sub(self.published));
+        let room = self.slots().saturating_sub(self.seen.wrapping_sub(self.published));
         Corrupt { ring: P::NAME, index: "req_prod", found, least: self.seen, room }
     }
 
@@ -358,7 +408,8 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             return Ok(Pending::Work);
         }
         let wanted = self.taken.wrapping_add(1);
-        let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
+        let (producer, event) =
+            (self.ring.region().word(REQ_PROD), self.ring.region().word(REQ_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
     }
@@ -369,7 +420,8 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         let _ = self.look()?;
         if self.unconsumed() < messages.get() {
             let wanted = self.taken.wrapping_add(messages.get());
-            let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
+            let (producer, event) =
+                (self.ring.region().word(REQ_PROD), self.ring.region().word(REQ_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
         }
@@ -378,7 +430,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(REQ_EVENT), self.taken);
+        index::disarm(self.ring.region().word(REQ_EVENT), self.taken);
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.
@@ -392,7 +444,7 @@ impl<P: Protocol, M, T> fmt::Debug for BackRing<P, M, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BackRing")
             .field("ring", &P::NAME)
-            .field("slots", &self.slots)
+            .field("slots", &self.ring.count())
             .field("req_seen", &self.seen)
             .field("rsp_prod_pvt", &self.written)
             .finish_non_exhaustive()

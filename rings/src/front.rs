@@ -8,9 +8,9 @@ use core::sync::atomic::Ordering::Relaxed;
 use perf::Handle;
 
 use crate::counters::RingCounters;
-use crate::index::{self, Notify, Pending, Strong};
-use crate::mem::{Region, SharedMem, Unit};
-use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, slot_size, slots_in};
+use crate::index::{self, Moving, Notify, Pending, Strong};
+use crate::mem::{Row, SharedMem};
+use crate::protocol::{Corrupt, HEADER, Protocol, SizeError, Slots, slots_of};
 
 pub(crate) const REQ_PROD: usize = 0;
 pub(crate) const REQ_EVENT: usize = 4;
@@ -30,8 +30,7 @@ impl core::error::Error for Full {}
 
 /// The frontend's end of a ring over 1, 2, 4 ... pages.
 pub struct FrontRing<P: Protocol, M> {
-    region: Region<M>,
-    slots: u32,
+    ring: Row<M, Slots<P>>,
     /// Requests written (`req_prod_pvt`) and published.
     written: u32,
     published: u32,
@@ -47,28 +46,25 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     /// Makes `memory` an empty ring (`XEN_FRONT_RING_INIT`) and takes its front end. Must not be
     /// done to a ring that a backend is connected to.
     pub fn init(memory: M, counters: Handle<RingCounters>) -> Result<Self, SizeError> {
-        let slots = slots_in::<P>(memory.len())?;
-        let region = Region::new(memory);
+        let ring = slots_of::<P, M>(memory)?;
         for offset in (RSP_EVENT + 4..HEADER).step_by(4) {
-            region.word(offset).store(0, Relaxed);
+            ring.region().word(offset).store(0, Relaxed);
         }
         for (offset, value) in [(REQ_PROD, 0), (RSP_PROD, 0), (REQ_EVENT, 1), (RSP_EVENT, 1)] {
-            region.word(offset).store(value, Relaxed);
+            ring.region().word(offset).store(value, Relaxed);
         }
-        Ok(Self::at(region, slots, 0, counters))
+        Ok(Self::at(ring, 0, counters))
     }
 
     /// Takes the front end of a ring that has no request in flight, at the index `at`
     /// (`FRONT_RING_ATTACH`).
     pub fn attach(memory: M, at: u32, counters: Handle<RingCounters>) -> Result<Self, SizeError> {
-        let slots = slots_in::<P>(memory.len())?;
-        Ok(Self::at(Region::new(memory), slots, at, counters))
+        Ok(Self::at(slots_of::<P, M>(memory)?, at, counters))
     }
 
-    fn at(region: Region<M>, slots: u32, at: u32, counters: Handle<RingCounters>) -> Self {
+    fn at(ring: Row<M, Slots<P>>, at: u32, counters: Handle<RingCounters>) -> Self {
         FrontRing {
-            region,
-            slots,
+            ring,
             written: at,
             published: at,
             taken: at,
@@ -81,12 +77,12 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
 
     /// Slots of the ring.
     pub fn slots(&self) -> u32 {
-        self.slots
+        self.ring.count()
     }
     /// Slots that are free for requests (`RING_FREE_REQUESTS`).
     #[inline]
     pub fn free(&self) -> u32 {
-        self.slots - self.in_flight()
+        self.slots() - self.in_flight()
     }
     /// Requests written whose response has not been taken.
     #[inline]
@@ -95,16 +91,11 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
     }
     /// The ring's memory.
     pub fn memory(&self) -> &M {
-        self.region.owner()
+        self.ring.region().owner()
     }
     /// The ring's counters.
     pub fn counters(&self) -> &Handle<RingCounters> {
         &self.counters
-    }
-
-    #[inline(always)]
-    fn slot_offset(&self, index: u32) -> usize {
-        HEADER + (index & (self.slots - 1)) as usize * slot_size::<P>()
     }
 
     /// Writes a request into the next slot. The backend sees it after [`publish`](Self::publish).
@@ -114,7 +105,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
             self.counters.ring_full.add(1);
             return Err(Full);
         }
-        self.region.store(self.slot_offset(self.written), req);
+        self.ring.store(self.written, req);
         self.written = self.written.wrapping_add(1);
         Ok(())
     }
@@ -127,7 +118,8 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
         if old == new {
             return Notify::Skip;
         }
-        let (producer, event) = (self.region.word(REQ_PROD), self.region.word(REQ_EVENT));
+        let (producer, event) =
+            (self.ring.region().word(REQ_PROD), self.ring.region().word(REQ_EVENT));
         let notify = index::publish::<_, Strong>(producer, event, old, new);
         self.published = new;
         self.counters.requests.add(u64::from(new.wrapping_sub(old)));
@@ -145,16 +137,31 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
         if self.taken == self.seen && self.look()? == Pending::Nothing {
             return Ok(None);
         }
-        let unit = const { Unit::of(slot_size::<P>(), size_of::<P::Rsp>()) };
-        let rsp = self.region.load(self.slot_offset(self.taken), unit);
+        let rsp = self.ring.load(self.taken);
         self.taken = self.taken.wrapping_add(1);
         Ok(Some(rsp))
+    }
+
+    /// Takes all responses that are there, as [`take`](Self::take) would one by one: looks at the
+    /// backend's index once, where none is known to be there.
+    #[inline]
+    pub fn take_all(&mut self, mut each: impl FnMut(P::Rsp)) -> Result<(), Corrupt> {
+        if self.taken == self.seen {
+            let _ = self.look()?;
+        }
+        let mut next = Moving::from(&mut self.taken);
+        while next.at != self.seen {
+            let rsp = self.ring.load(next.at);
+            next.at = next.at.wrapping_add(1);
+            each(rsp);
+        }
+        Ok(())
     }
 
     /// Looks whether there are responses, without asking for a notification.
     #[inline(always)]
     fn look(&mut self) -> Result<Pending, Corrupt> {
-        let found = index::look::<_, Strong>(self.region.word(RSP_PROD));
+        let found = index::look::<_, Strong>(self.ring.region().word(RSP_PROD));
         let pending = self.found(found)?;
         if self.woken {
             self.woken = false;
@@ -202,7 +209,8 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
             return Ok(Pending::Work);
         }
         let wanted = self.taken.wrapping_add(1);
-        let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+        let (producer, event) =
+            (self.ring.region().word(RSP_PROD), self.ring.region().word(RSP_EVENT));
         let found = index::arm::<_, Strong>(producer, event, wanted);
         self.found(found)
     }
@@ -214,7 +222,8 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
         let _ = self.look()?;
         if !enough(self) {
             let wanted = self.taken.wrapping_add(messages.get());
-            let (producer, event) = (self.region.word(RSP_PROD), self.region.word(RSP_EVENT));
+            let (producer, event) =
+                (self.ring.region().word(RSP_PROD), self.ring.region().word(RSP_EVENT));
             let found = index::arm::<_, Strong>(producer, event, wanted);
             let _ = self.found(found)?;
         }
@@ -223,7 +232,7 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
 
     /// Asks for no notifications: this end polls.
     pub fn disarm(&mut self) {
-        index::disarm(self.region.word(RSP_EVENT), self.taken);
+        index::disarm(self.ring.region().word(RSP_EVENT), self.taken);
     }
 
     /// Counts a notification; if the next look finds nothing, it was spurious.
@@ -237,7 +246,7 @@ impl<P: Protocol, M> fmt::Debug for FrontRing<P, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FrontRing")
             .field("ring", &P::NAME)
-            .field("slots", &self.slots)
+            .field("slots", &self.ring.count())
             .field("req_prod_pvt", &self.written)
             .field("rsp_cons", &self.taken)
             .finish_non_exhaustive()

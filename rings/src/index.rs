@@ -153,3 +153,25 @@ pub fn arm<W: Word, O: Orders>(producer: &W, event: &W, wanted: u32) -> u32 {
 pub fn disarm<W: Word>(event: &W, consumed: u32) {
     event.store(consumed, Ordering::Relaxed);
 }
+
+/// An end's own index while a loop moves it on: in a register, where a call for each message would
+/// read and write it in memory (with all else that an end knows, a fifth of a ring's time). It counts
+/// however the loop ends.
+pub(crate) struct Moving<'a> {
+    pub(crate) at: u32,
+    index: &'a mut u32,
+}
+
+impl<'a> From<&'a mut u32> for Moving<'a> {
+    #[inline(always)]
+    fn from(index: &'a mut u32) -> Self {
+        Moving { at: *index, index }
+    }
+}
+
+impl Drop for Moving<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.index = self.at;
+    }
+}

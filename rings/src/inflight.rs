@@ -6,16 +6,15 @@
 //! its response. In memory that outlives the process, it lets a successor go on where the process
 //! was killed.
 
-use alloc::boxed::Box;
-use alloc::vec;
 use core::fmt;
 use core::marker::PhantomData;
+use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::PAGE_SIZE;
-use crate::mem::{Arriving, HeapPages, Region, SharedMem, Unit};
+use crate::mem::{Arriving, Entry, HeapPages, Region, Row, SharedMem, Unit};
 
 /// Where a back ring keeps what it took: E entries, and in which order they are used.
 ///
@@ -55,12 +54,11 @@ const AT_SLOTS: usize = 12;
 const AT_REQUEST: usize = 16;
 const AT_TAKEN: usize = 24;
 const BEGUN: u64 = 1 << 32;
-/// Behind the header lies the order, words of 4 bytes, then the requests.
-const WORD: usize = 4;
+// Behind the header lies the order, words of 4 bytes, then the requests.
 
 /// Indices whose entries are kept: those of free entries and of the last E requests taken.
-const fn order_len(slots: u32) -> usize {
-    2 * (slots as usize).next_power_of_two()
+const fn order_len(slots: u32) -> u32 {
+    2 * slots.next_power_of_two()
 }
 
 /// Where the requests start: half a page from where the ring's own slots start (modulo the page),
@@ -68,7 +66,7 @@ const fn order_len(slots: u32) -> usize {
 /// load for dependent on an earlier store whose address has the same low 12 bits, so that copying
 /// from slot n + 1 would wait for the copy to entry n + 1.
 const fn requests(slots: u32) -> usize {
-    let end = HEADER + order_len(slots) * WORD;
+    let end = HEADER + order_len(slots) as usize * AtomicU32::STRIDE;
     let offset = (PAGE_SIZE / 2 + HEADER) % PAGE_SIZE;
     end + (PAGE_SIZE + offset - end % PAGE_SIZE) % PAGE_SIZE
 }
@@ -98,9 +96,9 @@ impl core::error::Error for TableError {}
 
 /// An in-flight table of plain bytes in shared memory, or on the heap.
 pub struct Table<R, S = HeapPages> {
-    region: Region<S>,
+    /// The order, which names a row of words by ring indices.
+    order: Row<S, AtomicU32>,
     slots: u32,
-    order_mask: usize,
     /// Where the requests start.
     requests: usize,
     request: PhantomData<fn() -> R>,
@@ -118,10 +116,6 @@ impl<R: FromBytes + IntoBytes + Immutable> Table<R, HeapPages> {
 
 impl<R, S> Table<R, S> {
     const STRIDE: usize = size_of::<R>().next_multiple_of(16);
-    fn over(region: Region<S>, slots: u32) -> Self {
-        let (order_mask, requests) = (order_len(slots) - 1, requests(slots));
-        Table { region, slots, order_mask, requests, request: PhantomData }
-    }
     /// Bytes that a table of `slots` entries takes.
     pub const fn bytes(slots: u32) -> usize {
         requests(slots) + slots as usize * Self::STRIDE
@@ -129,6 +123,11 @@ impl<R, S> Table<R, S> {
 }
 
 impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
+    fn over(region: Region<S>, slots: u32) -> Self {
+        let order = Row::new(region, HEADER, order_len(slots));
+        Table { order, slots, requests: requests(slots), request: PhantomData }
+    }
+
     /// Makes an empty table, whatever the memory held.
     pub fn format(memory: S, slots: u32) -> Result<Self, TableError> {
         let needed = Self::bytes(slots);
@@ -136,8 +135,8 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
             return Err(TableError::TooSmall { needed });
         }
         let table = Table::over(Region::new(memory), slots);
-        table.region.word64(AT_MAGIC).store(0, Relaxed);
-        table.region.word64(AT_TAKEN).store(0, Relaxed);
+        table.order.region().word64(AT_MAGIC).store(0, Relaxed);
+        table.order.region().word64(AT_TAKEN).store(0, Relaxed);
         table.write_header();
         Ok(table)
     }
@@ -161,20 +160,16 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> Table<R, S> {
 
     /// The memory.
     pub fn memory(&self) -> &S {
-        self.region.owner()
+        self.order.region().owner()
     }
 
     fn write_header(&self) {
-        self.region.word(AT_VERSION).store(VERSION, Relaxed);
-        self.region.word(AT_SLOTS).store(self.slots, Relaxed);
-        self.region.word(AT_REQUEST).store(size_of::<R>() as u32, Relaxed);
-        self.region.word64(AT_MAGIC).store(MAGIC, Release);
+        self.order.region().word(AT_VERSION).store(VERSION, Relaxed);
+        self.order.region().word(AT_SLOTS).store(self.slots, Relaxed);
+        self.order.region().word(AT_REQUEST).store(size_of::<R>() as u32, Relaxed);
+        self.order.region().word64(AT_MAGIC).store(MAGIC, Release);
     }
 
-    #[inline(always)]
-    fn order_at(&self, index: u32) -> usize {
-        HEADER + (index as usize & self.order_mask) * WORD
-    }
     #[inline(always)]
     fn request_at(&self, slot: u32) -> usize {
         self.requests + slot as usize * Self::STRIDE
@@ -187,40 +182,39 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     }
     #[inline(always)]
     fn taken(&self) -> Option<u32> {
-        let taken = self.region.word64(AT_TAKEN).load(Relaxed);
+        let taken = self.order.region().word64(AT_TAKEN).load(Relaxed);
         (taken & BEGUN != 0).then_some(taken as u32)
     }
     fn begin(&mut self, index: u32) {
         for slot in 0..self.slots {
             self.free(index.wrapping_add(slot), slot);
         }
-        self.region.set64(AT_TAKEN, BEGUN | u64::from(index));
+        self.order.region().set64(AT_TAKEN, BEGUN | u64::from(index));
     }
     #[inline(always)]
     fn order(&self, index: u32) -> u32 {
-        self.region.word(self.order_at(index)).load(Relaxed)
+        self.order.word_at(index).load(Relaxed)
     }
     #[inline(always)]
     fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
         let slot = self.order(index);
-        let req = self.region.keep(self.request_at(slot), req);
-        self.region.set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
+        let req = self.order.region().keep(self.request_at(slot), req);
+        self.order.region().set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
         (slot, req)
     }
     #[inline(always)]
     fn free(&mut self, index: u32, slot: u32) {
-        self.region.set(self.order_at(index), slot);
+        self.order.set_at(index, slot);
     }
     fn request(&self, slot: u32) -> R {
-        self.region.load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
+        self.order.region().load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
     }
 }
 
 /// No table: for a protocol whose requests need not survive the process, such as received
 /// packets. A successor finds everything answered.
-#[derive(Clone, Debug)]
 pub struct Forget {
-    order: Box<[u32]>,
+    order: Row<HeapPages, AtomicU32>,
     slots: u32,
     begun: bool,
     taken: u32,
@@ -229,11 +223,10 @@ pub struct Forget {
 impl Forget {
     /// For rings of up to `slots` slots.
     pub fn new(slots: u32) -> Self {
-        Forget { order: vec![0; order_len(slots)].into(), slots, begun: false, taken: 0 }
-    }
-    #[inline(always)]
-    fn at(&self, index: u32) -> usize {
-        index as usize & (self.order.len() - 1)
+        let bytes = order_len(slots) as usize * AtomicU32::STRIDE;
+        let region = Region::new(HeapPages::new(bytes.div_ceil(PAGE_SIZE)));
+        let order = Row::new(region, 0, order_len(slots));
+        Forget { order, slots, begun: false, taken: 0 }
     }
 }
 
@@ -253,17 +246,16 @@ impl<R: FromBytes> InFlight<R> for Forget {
     }
     #[inline(always)]
     fn order(&self, index: u32) -> u32 {
-        self.order[self.at(index)]
+        self.order.word_at(index).load(Relaxed)
     }
     #[inline(always)]
     fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
         self.taken = index.wrapping_add(1);
-        (self.order[self.at(index)], req.take())
+        (InFlight::<R>::order(self, index), req.take())
     }
     #[inline(always)]
     fn free(&mut self, index: u32, slot: u32) {
-        let at = self.at(index);
-        self.order[at] = slot;
+        self.order.word_at(index).store(slot, Relaxed);
     }
     fn request(&self, _: u32) -> R {
         R::new_zeroed()

@@ -12,7 +12,7 @@ use std::thread_local;
 use perf::Handle;
 
 use crate::mem::{HeapPages, SharedMem};
-use crate::{BackRing, FrontRing, Pending, Protocol, Slot, Table};
+use crate::{BackRing, FrontRing, Pending, Protocol, Slot, Table, Taken};
 
 thread_local! {
     /// Stores that the backend may still make; `None` while nobody is to be killed.
@@ -122,12 +122,21 @@ fn live(survivors: &mut Survivors, total: u64, choice: &mut Choice) {
                 survivors.front_turn(total, 1 + choice.below(4) as u32);
                 LIFE.set(life);
             }
-            1 | 2 => {
+            1 => {
+                let keep = |taken: Taken<[u64; 126]>| {
+                    held.push_back((taken.slot, taken.req[0], taken.req[125]));
+                };
+                back.take_all(keep).expect("honest frontend");
+            }
+            2 => {
                 if let Some(taken) = back.take().expect("honest frontend") {
                     held.push_back((taken.slot, taken.req[0], taken.req[125]));
                 }
             }
-            3 | 4 if !held.is_empty() => {
+            3 if held.len() > 1 => {
+                back.respond_all(held.drain(1..).map(|(slot, id, proof)| (slot, [id, proof])));
+            }
+            4 if !held.is_empty() => {
                 let at = choice.below(held.len() as u64) as usize;
                 let (slot, id, proof) = held.remove(at).expect("in range");
                 back.respond(slot, &[id, proof]);
@@ -214,6 +223,47 @@ fn what_was_left_is_given_again_in_the_order_of_taking() {
     let _ = back.publish();
     survivors.front_turn(0, 0);
     assert_eq!(survivors.answered, 4);
+}
+
+#[test]
+fn what_was_left_comes_before_what_is_new_also_all_at_once() {
+    let mut survivors = Survivors::new(0);
+    survivors.front_turn(3, 3);
+    let mut back = survivors.attach();
+    let mut taken: Vec<Slot> = Vec::new();
+    back.take_all(|t| taken.push(t.slot)).expect("take");
+    back.respond_all([(taken.remove(1), [2, request(2)[125]])]);
+    let _ = back.publish();
+    drop(back);
+    survivors.front_turn(5, 2);
+    let mut back = survivors.attach();
+    let mut ids = Vec::new();
+    back.take_all(|t| ids.push(t.req[0])).expect("take");
+    assert_eq!(ids, [1, 3, 4, 5]);
+    assert_eq!((back.replays(), back.in_flight()), (0, 4));
+    assert!(back.take().expect("take").is_none());
+}
+
+#[test]
+fn what_was_taken_before_a_panic_is_taken() {
+    let mut survivors = Survivors::new(0);
+    survivors.front_turn(3, 3);
+    let mut back = survivors.attach();
+    let mut first = None;
+    let stops = AssertUnwindSafe(|| {
+        back.take_all(|t| match t.req[0] {
+            1 => first = Some(t.slot),
+            _ => panic!("enough"),
+        })
+    });
+    assert!(catch_unwind(stops).is_err());
+    assert_eq!(back.in_flight(), 2);
+    assert_eq!(back.take().expect("take").expect("the third").req[0], 3);
+    let answers = first.into_iter().map(|slot| (slot, [1, request(1)[125]]));
+    let stops =
+        AssertUnwindSafe(|| back.respond_all(answers.chain(std::iter::once_with(|| panic!()))));
+    assert!(catch_unwind(stops).is_err());
+    assert_eq!(back.in_flight(), 2);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::FromBytes;
 
 use crate::PAGE_SIZE;
 
@@ -278,30 +278,30 @@ impl<M: SharedMem> Region<M> {
             out_of_range(offset, len, self.len);
         }
     }
+    /// The same for a word: none where the offset is known and in the first page.
+    #[inline(always)]
+    fn check_word(&self, offset: usize, len: usize) {
+        assert!(offset.is_multiple_of(len));
+        if offset >= PAGE_SIZE {
+            self.check(offset, len);
+        }
+    }
     pub(crate) fn owner(&self) -> &M {
         &self.owner
     }
     /// The word at `offset`, which is in range and a multiple of 4.
     #[inline(always)]
     pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
-        self.check(offset, 4);
-        assert!(offset.is_multiple_of(4));
+        self.check_word(offset, 4);
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
     }
     /// The double word at `offset`, which is in range and a multiple of 8.
     #[inline(always)]
     pub(crate) fn word64(&self, offset: usize) -> &AtomicU64 {
-        self.check(offset, 8);
-        assert!(offset.is_multiple_of(8));
+        self.check_word(offset, 8);
         // SAFETY: in range and aligned; the memory lives as long as the owner.
         unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
-    }
-    /// Stores the word at `offset` after everything stored before it.
-    #[inline(always)]
-    pub(crate) fn set(&self, offset: usize, value: u32) {
-        kill_point();
-        self.word(offset).store(value, Release);
     }
     /// Stores the double word at `offset` after everything stored before it.
     #[inline(always)]
@@ -334,19 +334,6 @@ impl<M: SharedMem> Region<M> {
         self.check(offset, size_of::<T>());
         // SAFETY: in range by the check; the value lies in other memory.
         value.copy(Some(unsafe { self.base.add(offset) }))
-    }
-    /// Copies a value into the range at `offset`.
-    ///
-    /// A plain copy, so that a value is made in place where it can be: an honest peer reads it
-    /// only after the release store that publishes it, and what a dishonest one reads or writes
-    /// before is its own affair, since nothing is read back.
-    #[inline(always)]
-    pub(crate) fn store<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) {
-        kill_point();
-        self.check(offset, size_of::<T>());
-        let from = core::ptr::from_ref(value).cast::<u8>();
-        // SAFETY: in range by the check; private and shared memory do not overlap.
-        unsafe { core::ptr::copy_nonoverlapping(from, self.base.add(offset), size_of::<T>()) }
     }
 }
 
@@ -434,6 +421,9 @@ unsafe impl SharedMem for HeapPages {
         self.0.len() * PAGE_SIZE
     }
 }
+
+mod row;
+pub(crate) use row::{Entry, Row};
 
 #[cfg(test)]
 #[path = "mem_tests.rs"]

@@ -1,5 +1,6 @@
 use super::*;
 use alloc::vec;
+use zerocopy::IntoBytes;
 
 #[test]
 fn copies_of_every_alignment_and_length_are_exact() {
@@ -48,20 +49,20 @@ fn long_copies_are_exact_too() {
 fn typed_values_round_trip() {
     let region = Region::new(HeapPages::new(1));
     let value = [1u32, 2, 3, 4, 5];
-    region.store(64, &value);
+    region.owner().write(64, value.as_bytes());
     for unit in [Unit::Four, Unit::One] {
         assert_eq!(region.load::<[u32; 5]>(64, unit), value);
     }
     assert_eq!(region.load::<u32>(68, Unit::Four), 2);
-    region.store(128, &[7u64, 8]);
+    region.owner().write(128, [7u64, 8].as_bytes());
     assert_eq!(region.load::<[u64; 2]>(128, Unit::Eight), [7, 8]);
     assert_eq!(region.load::<[u32; 4]>(128, Unit::One), [7, 0, 8, 0]);
     let large: [u64; 14] = core::array::from_fn(|i| i as u64 * 3);
-    region.store(1024, &large);
+    region.owner().write(1024, large.as_bytes());
     for unit in [Unit::Sixteen, Unit::Eight, Unit::Four, Unit::One] {
         assert_eq!(region.load::<[u64; 14]>(1024, unit), large);
     }
-    region.store(131, &[9u8; 3]);
+    region.owner().write(131, &[9; 3]);
     assert_eq!(region.word(132).load(Relaxed), 0x0909);
     assert_eq!(region.word(72).load(Relaxed), 3);
     assert_eq!(region.word64(64).load(Relaxed), 1 | 2 << 32);

@@ -1,10 +1,12 @@
 //! What a ring carries, and how many of it.
 
 use core::fmt;
+use core::marker::PhantomData;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::PAGE_SIZE;
+use crate::mem::{Entry, Region, Row, SharedMem};
 
 /// Bytes before the first slot (`offsetof(struct sring, ring)` in io/ring.h).
 pub(crate) const HEADER: usize = 64;
@@ -34,6 +36,20 @@ pub const fn slot_size<P: Protocol>() -> usize {
     size.next_multiple_of(align)
 }
 
+/// The slots of a ring of `P`.
+pub(crate) struct Slots<P>(PhantomData<fn() -> P>);
+impl<P: Protocol> Entry for Slots<P> {
+    const STRIDE: usize = slot_size::<P>();
+}
+
+/// The slots of a ring over all of `memory`.
+pub(crate) fn slots_of<P: Protocol, M: SharedMem>(
+    memory: M,
+) -> Result<Row<M, Slots<P>>, SizeError> {
+    let count = slots_in::<P>(memory.len())?;
+    Ok(Row::new(Region::new(memory), HEADER, count))
+}
+
 /// Slots of a ring of `pages` pages: as many as fit, rounded down to a power of two
 /// (`__CONST_RING_SIZE` in io/ring.h). 0 where none fits.
 pub const fn slot_count<P: Protocol>(pages: usize) -> u32 {
@@ -59,7 +75,7 @@ impl fmt::Display for SizeError {
 }
 impl core::error::Error for SizeError {}
 
-pub(crate) fn slots_in<P: Protocol>(bytes: usize) -> Result<u32, SizeError> {
+fn slots_in<P: Protocol>(bytes: usize) -> Result<u32, SizeError> {
     let pages = bytes / PAGE_SIZE;
     let count = slot_count::<P>(pages);
     if !bytes.is_multiple_of(PAGE_SIZE) || !pages.is_power_of_two() || count == 0 {

@@ -15,7 +15,7 @@ use world::{Op, World};
 fn decode(bytes: &[u8]) -> impl Iterator<Item = Op> {
     bytes.chunks_exact(6).map(|c| {
         let number = i32::from_le_bytes([c[2], c[3], c[4], c[5]]);
-        match c[0] % 20 {
+        match c[0] % 23 {
             0..=2 => Op::Push,
             3 => Op::PublishRequests,
             4..=6 => Op::Take,
@@ -34,6 +34,9 @@ fn decode(bytes: &[u8]) -> impl Iterator<Item = Op> {
             17 if c[1] & 1 == 0 => Op::LieResponses(number),
             17 => Op::LieResponses(i32::from(c[2] as i8)),
             18 => Op::LieEvent(c[1] & 1 == 0, number as u32),
+            19 => Op::TakeAll,
+            20 => Op::RespondAll(c[1]),
+            21 => Op::TakeAllResponses,
             _ => Op::Scribble(c[1], u64::from(number as u32)),
         }
     })

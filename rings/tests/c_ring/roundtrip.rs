@@ -41,26 +41,21 @@ pub(crate) fn rust_roundtrips<T: InFlight<[u64; 14]>>(
         }
         events += u64::from(front.publish() == Notify::Send);
         loop {
-            while let Some(taken) = back.take()? {
+            back.take_all(|taken| {
                 let (first, last) = (taken.req[0], taken.req[13]);
                 held[count] = Held { first, slot: Some(taken.slot), last };
                 count += 1;
-            }
-            while count > 0 {
-                count -= 1;
-                let Held { first, slot, last } = &mut held[count];
-                let Some(slot) = slot.take() else { break };
-                back.respond(slot, &[*first, *last]);
-            }
+            })?;
+            let answers = held[..count].iter_mut().rev();
+            back.respond_all(answers.filter_map(|h| Some((h.slot.take()?, [h.first, h.last]))));
+            count = 0;
             events += u64::from(back.publish() == Notify::Send);
             if back.arm()? == Pending::Nothing {
                 break;
             }
         }
         loop {
-            while let Some(rsp) = front.take()? {
-                sum = sum.wrapping_add(rsp[0] ^ rsp[1]);
-            }
+            front.take_all(|rsp| sum = sum.wrapping_add(rsp[0] ^ rsp[1]))?;
             if front.arm()? == Pending::Nothing {
                 break;
             }

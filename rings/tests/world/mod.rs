@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use rings::mem::{HeapPages, SharedMem};
-use rings::{BackRing, Corrupt, FrontRing, Notify, Pending, Protocol, Slot, Table};
+use rings::{BackRing, Corrupt, FrontRing, Notify, Pending, Protocol, Slot, Table, Taken};
 
 /// 24-byte requests, 16-byte responses; the first word is an id.
 pub(crate) struct Toy;
@@ -26,6 +26,9 @@ pub(crate) enum Op {
     Respond(u8),
     PublishResponses,
     TakeResponse,
+    TakeAll,
+    RespondAll(u8),
+    TakeAllResponses,
     ArmBack(u8),
     ArmFront(u8),
     DisarmBack,
@@ -161,6 +164,9 @@ impl World {
             Op::Respond(which) => self.respond(which),
             Op::PublishResponses => self.publish_responses(),
             Op::TakeResponse => self.take_response(),
+            Op::TakeAll => self.take_all(),
+            Op::RespondAll(most) => self.respond_all(most),
+            Op::TakeAllResponses => self.take_all_responses(),
             Op::ArmBack(n) => {
                 self.arm_back(NonZeroU32::from(NonZeroU32::MIN.saturating_add(u32::from(n % 4))))
             }
@@ -228,14 +234,49 @@ impl World {
         self.requests.seen = seen;
         assert_eq!(got.is_some(), self.requests.taken != seen);
         if let Some(taken) = got {
-            self.requests.taken = self.requests.taken.wrapping_add(1);
-            assert_eq!(taken.req, slot);
-            if self.honest {
-                assert_eq!(self.outstanding.get(&taken.req[0]), Some(&taken.req));
-            }
-            let index = taken.slot.index();
-            assert!(self.in_flight.iter().all(|(s, _)| s.index() != index), "slot used twice");
-            self.in_flight.push((taken.slot, taken.req));
+            self.taken(taken, slot);
+        }
+    }
+
+    fn taken(&mut self, taken: Taken<[u64; 3]>, slot: [u64; 3]) {
+        self.requests.taken = self.requests.taken.wrapping_add(1);
+        assert_eq!(taken.req, slot);
+        if self.honest {
+            assert_eq!(self.outstanding.get(&taken.req[0]), Some(&taken.req));
+        }
+        let index = taken.slot.index();
+        assert!(self.in_flight.iter().all(|(s, _)| s.index() != index), "slot used twice");
+        self.in_flight.push((taken.slot, taken.req));
+    }
+
+    fn take_all(&mut self) {
+        let looked = if self.requests.taken == self.requests.seen {
+            self.look_requests()
+        } else {
+            Ok(self.requests.seen)
+        };
+        let mut all = Vec::new();
+        let got = self.back.take_all(|taken| all.push(taken));
+        same(&got, looked.err());
+        let (Ok(()), Ok(seen)) = (got, looked) else {
+            assert!(all.is_empty());
+            return self.come_clean();
+        };
+        self.requests.seen = seen;
+        for taken in all {
+            self.taken(taken, self.slot::<3>(self.requests.taken));
+        }
+        assert_eq!(self.requests.taken, seen);
+    }
+
+    fn respond_all(&mut self, most: u8) {
+        let count = self.in_flight.len().min(usize::from(most));
+        let all: Vec<_> = self.in_flight.drain(..count).collect();
+        let expected: Vec<_> = all.iter().map(|(_, req)| [req[0], req[1] + 1]).collect();
+        self.back.respond_all(all.into_iter().map(|(slot, req)| (slot, [req[0], req[1] + 1])));
+        for rsp in expected {
+            assert_eq!(self.slot::<2>(self.responses.written), rsp);
+            self.responses.written = self.responses.written.wrapping_add(1);
         }
     }
 
@@ -271,13 +312,37 @@ impl World {
         self.responses.seen = seen;
         assert_eq!(got.is_some(), self.responses.taken != seen);
         if let Some(rsp) = got {
-            self.responses.taken = self.responses.taken.wrapping_add(1);
-            assert_eq!(rsp, slot);
-            if self.honest {
-                let req = self.outstanding.remove(&rsp[0]).expect("answered once");
-                assert_eq!(rsp, [req[0], req[1] + 1]);
-            }
+            self.answered(rsp, slot);
         }
+    }
+
+    fn answered(&mut self, rsp: [u64; 2], slot: [u64; 2]) {
+        self.responses.taken = self.responses.taken.wrapping_add(1);
+        assert_eq!(rsp, slot);
+        if self.honest {
+            let req = self.outstanding.remove(&rsp[0]).expect("answered once");
+            assert_eq!(rsp, [req[0], req[1] + 1]);
+        }
+    }
+
+    fn take_all_responses(&mut self) {
+        let looked = if self.responses.taken == self.responses.seen {
+            self.look_responses()
+        } else {
+            Ok(self.responses.seen)
+        };
+        let mut all = Vec::new();
+        let got = self.front.take_all(|rsp| all.push(rsp));
+        same(&got, looked.err());
+        let (Ok(()), Ok(seen)) = (got, looked) else {
+            assert!(all.is_empty());
+            return self.come_clean();
+        };
+        self.responses.seen = seen;
+        for rsp in all {
+            self.answered(rsp, self.slot::<2>(self.responses.taken));
+        }
+        assert_eq!(self.responses.taken, seen);
     }
 
     fn poll_back(&mut self) {
