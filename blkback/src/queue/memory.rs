@@ -8,6 +8,7 @@
 // Pieces of mapped pages are named by address for the kernel.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
@@ -34,8 +35,8 @@ pub(super) const TABLE_PAGES: usize = 64;
 const CHUNK: usize = 16;
 
 /// The kernel lets go of a page a moment after it has said that direct I/O is complete. What is
-/// unmapped within that moment is spoilt for whoever maps it next (see `worker/bounced.rs`). Longer
-/// than Xen's scheduler lets others run in its middle (30 ms).
+/// unmapped within that moment is spoilt for whoever maps it next (see `worker/bounced.rs`), so
+/// nothing is before this time. Longer than Xen's scheduler lets others run in its middle (30 ms).
 const LET_GO: Duration = Duration::from_millis(50);
 
 /// Of so many pages that a full pool does not have, so many come into it, as one mapping; the
@@ -72,6 +73,10 @@ pub(super) struct Memory {
     /// Entries that the pool was made with.
     made: usize,
     idle: Duration,
+    /// Pages that have left the pool, and when, oldest first.
+    leaving: VecDeque<(u64, Page)>,
+    /// The time, as last told.
+    now: u64,
     /// First the tables, then the payload; made when first needed.
     buffer: Option<Buffer>,
     buffer_pages: usize,
@@ -112,6 +117,8 @@ impl Memory {
             turned_away: 0,
             made: config.max_persistent_grants as usize,
             idle: config.persistent_idle(),
+            leaving: VecDeque::with_capacity(ADMITTED),
+            now: 0,
             buffer: None,
             buffer_pages: TABLE_PAGES + payload,
             free: (TABLE_PAGES as u32..(TABLE_PAGES + payload) as u32).rev().collect(),
@@ -138,6 +145,7 @@ impl Memory {
         copied: bool,
         now: u64,
     ) -> Result<(), Short> {
+        self.now = now;
         match if copied { GrantMode::Copy } else { self.mode } {
             GrantMode::Persistent => self.place_mapped(pieces),
             GrantMode::Map => self.map_missing(pieces, pieces.len(), direction.access()),
@@ -210,11 +218,11 @@ impl Memory {
                 piece.place = Place::Lent(page);
                 continue;
             }
-            // What fell out is unmapped with the last page of its mapping.
-            if let Inserted::Kept { pin, out: _ } =
-                self.pool.insert(piece.segment.gref, access, page)
+            if let Inserted::Kept { pin, out } = self.pool.insert(piece.segment.gref, access, page)
             {
                 piece.place = Place::Mapped(pin);
+                // Unmapped with the last page of its mapping.
+                self.leaving.extend(out.map(|page| (self.now, page)));
             }
         }
     }
@@ -222,6 +230,7 @@ impl Memory {
     /// Makes room in a full pool, now and then: the longest unused go. They were mapped and used
     /// together, so they mostly leave as whole mappings.
     fn make_room(&mut self, wanted: usize) {
+        self.let_go();
         if self.pool.len() + wanted <= self.limit {
             return;
         }
@@ -230,8 +239,21 @@ impl Memory {
             self.turned_away = 0;
             let idle = self.idle.as_nanos() as u64;
             let kept = self.limit.saturating_sub(wanted.min(CHUNK));
-            self.pool.set_limits(kept as u32, idle, drop);
-            self.pool.set_limits(self.limit as u32, idle, drop);
+            self.limit_pool(kept, idle);
+            self.limit_pool(self.limit, idle);
+        }
+    }
+
+    fn limit_pool(&mut self, kept: usize, idle: u64) {
+        let (leaving, now) = (&mut self.leaving, self.now);
+        self.pool.set_limits(kept as u32, idle, |page| leaving.push_back((now, page)));
+    }
+
+    /// Unmaps what has left the pool long enough ago.
+    fn let_go(&mut self) {
+        let gone = |since: u64| self.now.saturating_sub(since) >= LET_GO.as_nanos() as u64;
+        while self.leaving.front().is_some_and(|(since, _)| gone(*since)) {
+            self.leaving.pop_front();
         }
     }
 
@@ -242,16 +264,21 @@ impl Memory {
         }
         self.limit = (config.max_persistent_grants as usize).min(self.made);
         self.idle = config.persistent_idle();
-        self.pool.set_limits(self.limit as u32, self.idle.as_nanos() as u64, drop);
+        self.limit_pool(self.limit, self.idle.as_nanos() as u64);
     }
 
     /// Unmaps what was not used for long.
     pub(super) fn expire(&mut self, now: u64) {
+        self.now = now;
+        self.let_go();
         self.pool.expire(now, drop);
     }
 
     /// How long the queue may sleep before [`expire`](Self::expire) must be called again.
     pub(super) fn patience(&self) -> Option<Duration> {
+        if !self.leaving.is_empty() {
+            return Some(LET_GO);
+        }
         (!self.pool.is_empty()).then_some(self.idle / 2)
     }
 
@@ -347,9 +374,12 @@ impl Memory {
 
     /// Gives the places of answered segments back.
     pub(super) fn release(&mut self, pieces: &mut [Piece], now: u64) {
+        self.now = now;
         for piece in pieces {
             match std::mem::replace(&mut piece.place, Place::Nowhere) {
-                Place::Mapped(pin) => drop(self.pool.unpin(pin, now)),
+                Place::Mapped(pin) => {
+                    self.leaving.extend(self.pool.unpin(pin, now).map(|page| (now, page)));
+                }
                 Place::Copied(page) => self.free.push(page),
                 // Unmapped with the last of its mapping: all are this request's.
                 Place::Lent(page) => drop(page),
@@ -360,7 +390,7 @@ impl Memory {
 
     /// Unmaps everything. Nothing may be in flight.
     pub(super) fn close(self) {
-        if !self.pool.is_empty() {
+        if !(self.pool.is_empty() && self.leaving.is_empty()) {
             std::thread::sleep(LET_GO);
         }
         self.pool.close(drop);

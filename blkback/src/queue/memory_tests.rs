@@ -3,21 +3,25 @@
 #![allow(unsafe_code, clippy::unwrap_used)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use hypervisor::{GrantRef, Transfer};
 
 use super::*;
 use crate::proto::Segment;
 
-struct Plain;
+/// Counts the pages that were unmapped.
+#[derive(Default)]
+struct Plain(Arc<AtomicUsize>);
 
 impl Grants for Plain {
     fn map(&self, _: DomId, refs: &[GrantRef], access: Access) -> io::Result<Mapping> {
         let layout = Layout::from_size_align(refs.len() * PAGE_SIZE, PAGE_SIZE).unwrap();
         // SAFETY: not empty, for no request is without segments.
         let base = unsafe { alloc_zeroed(layout) };
-        let at = base as usize;
+        let (at, pages, unmapped) = (base as usize, refs.len(), self.0.clone());
         let unmap = move || {
+            unmapped.fetch_add(pages, Relaxed);
             // SAFETY: allocated above with this layout, and freed once.
             unsafe { dealloc(at as *mut u8, layout) };
             Ok(())
@@ -42,7 +46,8 @@ fn hits(pages: u32, limit: u32) -> f64 {
     let config = Config { max_persistent_grants: limit, ..Config::default() };
     let counters = Handle::<PoolCounters>::default();
     let (mode, queue) = (GrantMode::Persistent, Handle::default());
-    let mut memory = Memory::new(1, Box::new(Plain), mode, &config, queue, counters.clone());
+    let mut memory =
+        Memory::new(1, Box::new(Plain::default()), mode, &config, queue, counters.clone());
     let mut before = 0;
     for round in 0..20 {
         if round == 10 {
@@ -83,7 +88,8 @@ fn pages_that_are_not_used_any_more_give_way() {
     let config = Config { max_persistent_grants: 64, ..Config::default() };
     let counters = Handle::<PoolCounters>::default();
     let (mode, queue) = (GrantMode::Persistent, Handle::default());
-    let mut memory = Memory::new(1, Box::new(Plain), mode, &config, queue, counters.clone());
+    let mut memory =
+        Memory::new(1, Box::new(Plain::default()), mode, &config, queue, counters.clone());
     let mut rounds_to_move = 0;
     for first in [0, 1000] {
         for round in 0..200 {
@@ -103,4 +109,42 @@ fn pages_that_are_not_used_any_more_give_way() {
     }
     assert!((1..=64).contains(&rounds_to_move), "{rounds_to_move}");
     memory.close();
+}
+
+#[test]
+fn what_leaves_the_pool_is_unmapped_a_moment_later() {
+    let config = Config { max_persistent_grants: 64, ..Config::default() };
+    let unmapped = Arc::new(AtomicUsize::new(0));
+    let (grants, mode) = (Box::new(Plain(unmapped.clone())), GrantMode::Persistent);
+    let mut memory = Memory::new(1, grants, mode, &config, Handle::default(), Handle::default());
+    let used = |memory: &mut Memory, first: u32, now| {
+        let piece = |gref| Piece {
+            segment: Segment { gref, first_sect: 0, last_sect: 7 },
+            place: Place::Nowhere,
+        };
+        let mut pieces: Vec<Piece> = (first..first + 32).map(piece).collect();
+        assert!(memory.place(0, &mut pieces, Direction::ToGrant, false, now).is_ok());
+        memory.release(&mut pieces, now);
+    };
+    used(&mut memory, 0, 0);
+    used(&mut memory, 32, 0);
+    // The pool is full: of so many others some come into it.
+    let (start, wait) = (7_000_000, LET_GO.as_nanos() as u64);
+    for n in 0..ADMITTED as u32 / 32 {
+        used(&mut memory, 100 + 32 * n, start);
+    }
+    assert_eq!((memory.leaving.len(), unmapped.load(Relaxed)), (CHUNK, 0));
+    assert_eq!(memory.patience(), Some(LET_GO));
+    memory.expire(start + wait - 1);
+    assert_eq!(unmapped.load(Relaxed), 0);
+    memory.expire(start + wait);
+    assert_eq!((memory.leaving.len(), unmapped.load(Relaxed)), (0, CHUNK));
+    assert_ne!(memory.patience(), Some(LET_GO));
+    // A smaller limit, and a busy queue, which never sleeps.
+    memory.set_limits(&Config { max_persistent_grants: 16, ..config });
+    assert_eq!(unmapped.load(Relaxed), CHUNK);
+    used(&mut memory, 5000, start + 3 * wait);
+    assert!(unmapped.load(Relaxed) >= 64 - 16);
+    memory.close();
+    assert!(unmapped.load(Relaxed) > 64);
 }
