@@ -1,13 +1,13 @@
 //! Requests whose data the kernel would not move to or from the guest's own pages.
 //!
 //! A page that gntdev has mapped can be one that direct I/O is refused on, through no fault of
-//! this guest. Where a process ends, or unmaps, in the moment between the completion of a direct
-//! read and the kernel's letting go of its pages, gntdev (Linux 5.19 and later) puts the unmapping
-//! off, the page table's entry is still there when it is torn down, and the page loses one
-//! reference too many. With none left it goes back to the pool of pages for mappings, and whoever
-//! gets it next has his direct I/O refused: ENOMEM, a warning of `follow_page_pte` in the kernel's
-//! log. A backend killed under load can so leave its successor, or another guest's, such pages.
-//! The hypervisor's copy does not mind.
+//! this guest: seen with Linux 6.1 in dom0, where the successor of a backend that was killed under
+//! load had reads refused, with a warning of `follow_page_pte` in the kernel's log (a page without
+//! a reference). The likely way there: where a process ends, or unmaps, in the moment between the
+//! completion of a direct read and the kernel's letting go of its pages, gntdev (since 5.19) puts
+//! the unmapping off, the page table's entry is still there when it is torn down, and the page
+//! loses one reference too many. It goes back to the pool of pages for mappings, and whoever gets
+//! it next, of any guest, has his direct I/O refused. The hypervisor's copy does not mind.
 
 use blktap::Op;
 use rustix::io::Errno;
