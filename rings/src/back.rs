@@ -254,7 +254,7 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
             }
         }
         // Its entry is free: no more requests are seen than the ring has slots.
-        let (slot, req) = self.table.put(at, self.ring.arriving(at));
+        let (slot, req) = self.table.putting()(at, self.ring.arriving(at));
         self.taken = at.wrapping_add(1);
         Ok(Some(Taken { slot: Slot::of(slot), req }))
     }
@@ -269,9 +269,10 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
         while let Some(taken) = self.take_again() {
             each(taken);
         }
+        let (ready, ring, mut put) = (self.ready, self.ring.on_loan(), self.table.putting());
         let mut next = Moving::from(&mut self.taken);
-        while next.at != self.ready {
-            let (slot, req) = self.table.put(next.at, self.ring.arriving(next.at));
+        while next.at != ready {
+            let (slot, req) = put(next.at, ring.arriving(next.at));
             next.at = next.at.wrapping_add(1);
             each(Taken { slot: Slot::of(slot), req });
         }
@@ -304,11 +305,13 @@ impl<P: Protocol, M: SharedMem, T: InFlight<P::Req>> BackRing<P, M, T> {
     /// Writes many responses, each as [`respond`](Self::respond).
     #[inline]
     pub fn respond_all(&mut self, answers: impl IntoIterator<Item = (Slot, P::Rsp)>) {
+        let (ring, entries, taken) = (self.ring.on_loan(), self.entries, self.taken);
+        let mut free = self.table.freeing();
         let mut next = Moving::from(&mut self.written);
         for (slot, rsp) in answers {
-            assert!(next.at != self.taken, "a slot of another ring");
-            self.ring.store(next.at, &rsp);
-            self.table.free(next.at.wrapping_add(self.entries), slot.entry());
+            assert!(next.at != taken, "a slot of another ring");
+            ring.store(next.at, &rsp);
+            free(next.at.wrapping_add(entries), slot.entry());
             next.at = next.at.wrapping_add(1);
         }
     }

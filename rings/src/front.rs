@@ -149,9 +149,10 @@ impl<P: Protocol, M: SharedMem> FrontRing<P, M> {
         if self.taken == self.seen {
             let _ = self.look()?;
         }
+        let (seen, ring) = (self.seen, self.ring.on_loan());
         let mut next = Moving::from(&mut self.taken);
-        while next.at != self.seen {
-            let rsp = self.ring.load(next.at);
+        while next.at != seen {
+            let rsp = ring.load(next.at);
             next.at = next.at.wrapping_add(1);
             each(rsp);
         }

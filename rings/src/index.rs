@@ -155,8 +155,8 @@ pub fn disarm<W: Word>(event: &W, consumed: u32) {
 }
 
 /// An end's own index while a loop moves it on: in a register, where a call for each message would
-/// read and write it in memory (with all else that an end knows, a fifth of a ring's time). It counts
-/// however the loop ends.
+/// read and write it in memory (with all else that an end knows, a quarter of a ring's time). It
+/// counts however the loop ends.
 pub(crate) struct Moving<'a> {
     pub(crate) at: u32,
     index: &'a mut u32,

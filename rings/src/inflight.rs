@@ -34,11 +34,13 @@ pub trait InFlight<R> {
     fn begin(&mut self, index: u32);
     /// The entry that the order names at an index, from `taken - E` to below `rsp_prod + E`.
     fn order(&self, index: u32) -> u32;
-    /// Copies the request at `index`, which is `taken`, into its entry, and only then counts it
-    /// as taken. The entry and the request.
-    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R);
-    /// Names the entry in the order: its request is answered at `index - E`.
-    fn free(&mut self, index: u32, slot: u32);
+    /// What copies the request at an index, which is `taken`, into its entry, and only then counts
+    /// it as taken; it gives the entry and the request. For a loop: what it knows of the table is
+    /// its own, and stays in registers.
+    fn putting(&mut self) -> impl FnMut(u32, Arriving<'_, R>) -> (u32, R);
+    /// What names an entry in the order, by ring index and entry: its request is answered E before
+    /// that index. For a loop, too.
+    fn freeing(&mut self) -> impl FnMut(u32, u32);
     /// The request of an entry that was used.
     fn request(&self, slot: u32) -> R;
 }
@@ -187,7 +189,7 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
     }
     fn begin(&mut self, index: u32) {
         for slot in 0..self.slots {
-            self.free(index.wrapping_add(slot), slot);
+            self.freeing()(index.wrapping_add(slot), slot);
         }
         self.order.region().set64(AT_TAKEN, BEGUN | u64::from(index));
     }
@@ -196,15 +198,19 @@ impl<R: FromBytes + IntoBytes + Immutable, S: SharedMem> InFlight<R> for Table<R
         self.order.word_at(index).load(Relaxed)
     }
     #[inline(always)]
-    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
-        let slot = self.order(index);
-        let req = self.order.region().keep(self.request_at(slot), req);
-        self.order.region().set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
-        (slot, req)
+    fn putting(&mut self) -> impl FnMut(u32, Arriving<'_, R>) -> (u32, R) {
+        let (order, requests) = (self.order.on_loan(), self.requests);
+        move |index, req| {
+            let slot = order.word_at(index).load(Relaxed);
+            let req = order.region().keep(requests + slot as usize * Self::STRIDE, req);
+            order.region().set64(AT_TAKEN, BEGUN | u64::from(index.wrapping_add(1)));
+            (slot, req)
+        }
     }
     #[inline(always)]
-    fn free(&mut self, index: u32, slot: u32) {
-        self.order.set_at(index, slot);
+    fn freeing(&mut self) -> impl FnMut(u32, u32) {
+        let order = self.order.on_loan();
+        move |index, slot| order.set_at(index, slot)
     }
     fn request(&self, slot: u32) -> R {
         self.order.region().load(self.request_at(slot), const { Unit::of(16, size_of::<R>()) })
@@ -240,7 +246,7 @@ impl<R: FromBytes> InFlight<R> for Forget {
     }
     fn begin(&mut self, index: u32) {
         for slot in 0..self.slots {
-            InFlight::<R>::free(self, index.wrapping_add(slot), slot);
+            InFlight::<R>::freeing(self)(index.wrapping_add(slot), slot);
         }
         (self.begun, self.taken) = (true, index);
     }
@@ -249,13 +255,17 @@ impl<R: FromBytes> InFlight<R> for Forget {
         self.order.word_at(index).load(Relaxed)
     }
     #[inline(always)]
-    fn put(&mut self, index: u32, req: Arriving<'_, R>) -> (u32, R) {
-        self.taken = index.wrapping_add(1);
-        (InFlight::<R>::order(self, index), req.take())
+    fn putting(&mut self) -> impl FnMut(u32, Arriving<'_, R>) -> (u32, R) {
+        let (order, taken) = (self.order.on_loan(), &mut self.taken);
+        move |index, req| {
+            *taken = index.wrapping_add(1);
+            (order.word_at(index).load(Relaxed), req.take())
+        }
     }
     #[inline(always)]
-    fn free(&mut self, index: u32, slot: u32) {
-        self.order.word_at(index).store(slot, Relaxed);
+    fn freeing(&mut self) -> impl FnMut(u32, u32) {
+        let order = self.order.on_loan();
+        move |index, slot| order.word_at(index).store(slot, Relaxed)
     }
     fn request(&self, _: u32) -> R {
         R::new_zeroed()

@@ -271,6 +271,15 @@ impl<M: SharedMem> Region<M> {
         assert!(owner.len() >= PAGE_SIZE);
         Region { base: owner.base(), len: owner.len(), owner }
     }
+}
+
+impl<M> Region<M> {
+    /// The same memory on loan: in a loop its address stays in a register, which it does not
+    /// where a store through it might change the region itself, for all that the compiler knows.
+    #[inline(always)]
+    pub(crate) fn on_loan(&self) -> Region<&M> {
+        Region { base: self.base, len: self.len, owner: &self.owner }
+    }
     /// Whether `len` bytes at `offset` are in range: one comparison, for there is a page at least.
     #[inline(always)]
     fn check(&self, offset: usize, len: usize) {

@@ -36,6 +36,12 @@ impl<M, E> Row<M, E> {
     pub(crate) fn region(&self) -> &Region<M> {
         &self.region
     }
+    /// The same row on loan, for a loop: see [`Region::on_loan`].
+    #[inline(always)]
+    pub(crate) fn on_loan(&self) -> Row<&M, E> {
+        let region = self.region.on_loan();
+        Row { first: self.first, mask: self.mask, region, entry: PhantomData }
+    }
     /// Number of entries.
     pub(crate) fn count(&self) -> u32 {
         self.mask + 1
@@ -52,7 +58,9 @@ impl<M: SharedMem, E: Entry> Row<M, E> {
         let first = unsafe { region.base.add(first) };
         Row { region, first, mask: count - 1, entry: PhantomData }
     }
+}
 
+impl<M, E: Entry> Row<M, E> {
     /// The entry at `index`, all of whose bytes are in range.
     #[inline(always)]
     fn at(&self, index: u32) -> *mut u8 {
@@ -94,7 +102,7 @@ impl Entry for AtomicU32 {
     const STRIDE: usize = 4;
 }
 
-impl<M: SharedMem> Row<M, AtomicU32> {
+impl<M> Row<M, AtomicU32> {
     /// The word at `index`.
     #[inline(always)]
     pub(crate) fn word_at(&self, index: u32) -> &AtomicU32 {
