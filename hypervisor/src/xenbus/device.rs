@@ -157,23 +157,49 @@ impl Runner {
             tracing::debug!("{}: {phase:?} to {next:?}: {actions:?}", self.nodes.id());
             *phase = next;
             let reason = fault.take();
-            for action in actions {
-                if let Err(e) = self.act(action, &reason, &seen, faults)? {
-                    *fault = Some(e);
-                    break;
-                }
+            if let Err(e) = self.carry_out(&actions, &reason, &seen, faults)? {
+                *fault = Some(e);
             }
         }
+    }
+
+    /// A device's keys go with the state that they are said for, in one transaction: a toolstack
+    /// may make the directory anew at any time, and a frontend must not find our state there
+    /// without them.
+    fn carry_out(
+        &mut self,
+        actions: &[Action],
+        reason: &Option<Fault>,
+        seen: &Seen,
+        faults: (&Faults, &Receiver<Fault>),
+    ) -> io::Result<Result<(), Fault>> {
+        let mut keys = Vec::new();
+        for action in actions {
+            match *action {
+                Action::Set(state) => {
+                    // Writing what is there already would fire everybody's watches for nothing.
+                    if seen.own != Some(state) || state == State::Connected {
+                        keys.push(("state".to_owned(), state.to_string()));
+                    }
+                    self.nodes.write(&std::mem::take(&mut keys))?;
+                }
+                action => match self.act(action, reason, faults)? {
+                    Ok(more) => keys.extend(more),
+                    Err(fault) => return Ok(Err(fault)),
+                },
+            }
+        }
+        self.nodes.write(&keys)?;
+        Ok(Ok(()))
     }
 
     fn act(
         &mut self,
         action: Action,
         reason: &Option<Fault>,
-        seen: &Seen,
         (faults, reported): (&Faults, &Receiver<Fault>),
-    ) -> io::Result<Result<(), Fault>> {
-        let keys = match action {
+    ) -> io::Result<Result<Vec<Key>, Fault>> {
+        Ok(match action {
             Action::Advertise => self.device.advertise(&self.nodes),
             Action::Connect => self.device.connect(&self.nodes, Meeting::Fresh, faults.clone()),
             Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
@@ -188,13 +214,7 @@ impl Runner {
                 self.device.release();
                 Ok(Vec::new())
             }
-            Action::Set(state) => {
-                // Writing what is there already would fire everybody's watches for nothing.
-                if seen.own != Some(state) || state == State::Connected {
-                    self.nodes.set_state(state)?;
-                }
-                Ok(Vec::new())
-            }
+            Action::Set(_) => Ok(Vec::new()),
             Action::Report => {
                 let text = reason.as_ref().map_or("unknown", |f| &f.0);
                 if self.log.permits(self.nodes.id()) {
@@ -203,14 +223,6 @@ impl Runner {
                 self.nodes.report(text)?;
                 Ok(Vec::new())
             }
-        };
-        Ok(match keys {
-            Ok(keys) if keys.is_empty() => Ok(()),
-            Ok(keys) => {
-                self.nodes.write(&keys)?;
-                Ok(())
-            }
-            Err(fault) => Err(fault),
         })
     }
 }

@@ -83,6 +83,9 @@ impl Nodes {
     /// Writes keys of the backend's directory in one transaction, unless the directory is gone:
     /// a write would bring it back and leave a stale node behind.
     pub fn write(&self, keys: &[Key]) -> Result<(), Error> {
+        if keys.is_empty() {
+            return Ok(());
+        }
         self.store.transaction(|tx| {
             if self.store.get_in(tx, &format!("{}/frontend", self.backend))?.is_none() {
                 return Ok(());

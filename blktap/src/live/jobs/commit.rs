@@ -43,6 +43,7 @@ pub fn commit(scene: &Scene<'_>, base: Option<&Path>) -> Result<(), JobError> {
     drop(below);
     let mut change = Retire::new(&layers, at)?;
     scene.swap(&paused, &name, &mut change)?;
+    change.put_aside();
     tracing::info!("{name}: the guest goes on here; paused for {} ms", paused.lasted().as_millis());
     Ok(())
 }
@@ -52,7 +53,6 @@ struct Retire {
     top: Layer,
     /// It builds on the one that was written, where that was not the nearest.
     rebase: Option<Rebase>,
-    moved: Option<PathBuf>,
 }
 
 impl Retire {
@@ -62,7 +62,22 @@ impl Retire {
             true => Some(Rebase::new(&top, layers.get(1), layers.get(at))?),
             false => None,
         };
-        Ok(Retire { top, rebase, moved: None })
+        Ok(Retire { top, rebase })
+    }
+
+    /// Renames a VHD. Only when the guest's disk is recorded under its new name, and before the
+    /// guest goes on: at any moment the disk must be where the record says.
+    fn put_aside(&self) {
+        let path = &self.top.path;
+        if self.top.format == ImageFormat::Qcow2 {
+            return;
+        }
+        let mut name = path.clone().into_os_string();
+        name.push(".committed");
+        let renamed = std::fs::rename(path, PathBuf::from(name)).map_err(about(path.display()));
+        if let Err(e) = renamed.and_then(|()| super::paths::sync_folder(path)) {
+            tracing::warn!("{e}: it is not the disk any more and keeps its name");
+        }
     }
 }
 
@@ -76,19 +91,11 @@ impl Change for Retire {
         if self.top.format == ImageFormat::Qcow2 {
             return resize::empty(&chain::file(path)?).map_err(about(path.display()));
         }
-        let mut name = path.clone().into_os_string();
-        name.push(".committed");
-        let to = PathBuf::from(name);
-        std::fs::rename(path, &to).map_err(about(path.display()))?;
-        self.moved = Some(to);
-        super::paths::sync_folder(path)
+        Ok(())
     }
 
     /// Emptied, on what was written, it reads the same.
     fn undo(&mut self) -> Result<(), JobError> {
-        match self.moved.take() {
-            Some(to) => std::fs::rename(to, &self.top.path).map_err(about(self.top.path.display())),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
