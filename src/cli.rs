@@ -252,12 +252,34 @@ pub struct BenchVhost {
     /// The images' format.
     #[arg(long, value_enum, default_value = "raw")]
     pub format: VhostFormat,
-    /// Only these caching modes; may be repeated [default: both].
+    /// Only these caching modes; may be repeated [default: all].
     #[arg(long, value_enum)]
-    pub cache: Vec<BenchCache>,
+    pub cache: Vec<VhostCache>,
     /// Only this depth; may be repeated [default: 1 and 32].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub depth: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VhostCache {
+    /// Through the page cache, where images lie as small writes leave them.
+    Cached,
+    /// Through the page cache, where images lie as reading them brings them: in large folios,
+    /// if the file system has those.
+    LargeFolios,
+    /// O_DIRECT.
+    Direct,
+}
+
+impl VhostCache {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            VhostCache::Cached => "cached",
+            VhostCache::LargeFolios => "large-folios",
+            VhostCache::Direct => "direct",
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -459,9 +459,9 @@ impl Serving {
     fn tell_size(&self, nodes: &Nodes) -> Result<(), Fault> {
         let sectors = (self.geometry.size / 512).to_string();
         if nodes.own("sectors")?.as_ref() != Some(&sectors) {
-            nodes.write(&[("sectors".to_owned(), sectors)])?;
             // Linux's blkfront looks at `sectors` again when it sees us become connected.
-            nodes.set_state(State::Connected)?;
+            let keys = [("sectors".to_owned(), sectors)];
+            nodes.write_state(&keys, State::Connected, Some(State::Connected))?;
             tracing::info!("{}: now {} bytes", nodes.id(), self.geometry.size);
         }
         Ok(())

@@ -269,4 +269,19 @@ mod tests {
             assert_eq!(map.iter().map(|r| r.len).sum::<u64>(), 1 << 20);
         }
     }
+
+    /// Not even where relatime would note a read: the file was written after it was last read.
+    #[test]
+    fn reads_leave_no_time() {
+        let dir = tempfile::tempdir_in(".").expect("a folder");
+        let path = dir.path().join("a");
+        std::fs::write(&path, [1; 4096]).expect("a file");
+        let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
+        let plain = std::fs::File::options().write(true).open(&path).expect("open");
+        plain.set_times(std::fs::FileTimes::new().set_accessed(long_ago)).expect("set");
+        let file = open(&OpenOptions::new(&path).cache(Cache::Writeback)).expect("open");
+        file.read_at(0, &mut [0; 4096]).expect("read");
+        let times = std::fs::metadata(&path).expect("metadata");
+        assert_eq!(times.accessed().expect("a time"), long_ago);
+    }
 }

@@ -173,57 +173,53 @@ impl Runner {
         seen: &Seen,
         faults: (&Faults, &Receiver<Fault>),
     ) -> io::Result<Result<(), Fault>> {
-        let mut keys = Vec::new();
+        let (faults, reported) = faults;
+        let (mut keys, mut own) = (Vec::new(), seen.own);
         for action in actions {
-            match *action {
-                Action::Set(state) => {
-                    // Writing what is there already would fire everybody's watches for nothing.
-                    if seen.own != Some(state) || state == State::Connected {
-                        keys.push(("state".to_owned(), state.to_string()));
-                    }
-                    self.nodes.write(&std::mem::take(&mut keys))?;
+            let more = match *action {
+                Action::Advertise => self.device.advertise(&self.nodes),
+                Action::Connect => self.device.connect(&self.nodes, Meeting::Fresh, faults.clone()),
+                Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
+                Action::Reconfigure => self.device.reconfigure(&self.nodes).map(|()| Vec::new()),
+                Action::Disconnect => {
+                    self.device.disconnect(Parting::Frontend);
+                    // What else its threads had to say is about a connection that is no more.
+                    while reported.try_recv().is_ok() {}
+                    Ok(Vec::new())
                 }
-                action => match self.act(action, reason, faults)? {
-                    Ok(more) => keys.extend(more),
-                    Err(fault) => return Ok(Err(fault)),
-                },
+                Action::Release => {
+                    self.device.release();
+                    Ok(Vec::new())
+                }
+                // Writing what is there already would fire everybody's watches for nothing.
+                Action::Set(state) if own == Some(state) && state != State::Connected => {
+                    self.nodes.write(&std::mem::take(&mut keys))?;
+                    Ok(Vec::new())
+                }
+                Action::Set(state) => {
+                    self.nodes.write_state(&std::mem::take(&mut keys), state, own)?;
+                    own = Some(state);
+                    Ok(Vec::new())
+                }
+                Action::Report => {
+                    self.report(reason.as_ref().map_or("unknown", |f| &f.0))?;
+                    Ok(Vec::new())
+                }
+            };
+            match more {
+                Ok(more) => keys.extend(more),
+                Err(fault) => return Ok(Err(fault)),
             }
         }
         self.nodes.write(&keys)?;
         Ok(Ok(()))
     }
 
-    fn act(
-        &mut self,
-        action: Action,
-        reason: &Option<Fault>,
-        (faults, reported): (&Faults, &Receiver<Fault>),
-    ) -> io::Result<Result<Vec<Key>, Fault>> {
-        Ok(match action {
-            Action::Advertise => self.device.advertise(&self.nodes),
-            Action::Connect => self.device.connect(&self.nodes, Meeting::Fresh, faults.clone()),
-            Action::Attach => self.device.connect(&self.nodes, Meeting::Attach, faults.clone()),
-            Action::Reconfigure => self.device.reconfigure(&self.nodes).map(|()| Vec::new()),
-            Action::Disconnect => {
-                self.device.disconnect(Parting::Frontend);
-                // What else its threads had to say is about a connection that is no more.
-                while reported.try_recv().is_ok() {}
-                Ok(Vec::new())
-            }
-            Action::Release => {
-                self.device.release();
-                Ok(Vec::new())
-            }
-            Action::Set(_) => Ok(Vec::new()),
-            Action::Report => {
-                let text = reason.as_ref().map_or("unknown", |f| &f.0);
-                if self.log.permits(self.nodes.id()) {
-                    tracing::error!("{}: {text}", self.nodes.id());
-                }
-                self.nodes.report(text)?;
-                Ok(Vec::new())
-            }
-        })
+    fn report(&mut self, text: &str) -> io::Result<()> {
+        if self.log.permits(self.nodes.id()) {
+            tracing::error!("{}: {text}", self.nodes.id());
+        }
+        Ok(self.nodes.report(text)?)
     }
 }
 

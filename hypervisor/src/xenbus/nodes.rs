@@ -83,22 +83,37 @@ impl Nodes {
     /// Writes keys of the backend's directory in one transaction, unless the directory is gone:
     /// a write would bring it back and leave a stale node behind.
     pub fn write(&self, keys: &[Key]) -> Result<(), Error> {
-        if keys.is_empty() {
-            return Ok(());
-        }
-        self.store.transaction(|tx| {
-            if self.store.get_in(tx, &format!("{}/frontend", self.backend))?.is_none() {
-                return Ok(());
-            }
-            keys.iter().try_for_each(|(key, value)| {
-                self.store.write(tx, &format!("{}/{key}", self.backend), value)
-            })
-        })
+        if keys.is_empty() { Ok(()) } else { self.put(keys, None) }
     }
 
-    /// Writes our state.
-    pub fn set_state(&self, state: State) -> Result<(), Error> {
-        self.write(&[("state".to_owned(), state.to_string())])
+    /// Writes keys and our state, all in one transaction. `seen` is the state that was ours: a
+    /// toolstack that has written Closing since then waits for what follows it, and is not
+    /// answered with less.
+    pub fn write_state(
+        &self,
+        keys: &[Key],
+        state: State,
+        seen: Option<State>,
+    ) -> Result<(), Error> {
+        self.put(keys, Some((state, seen)))
+    }
+
+    fn put(&self, keys: &[Key], state: Option<(State, Option<State>)>) -> Result<(), Error> {
+        let path = |key: &str| format!("{}/{key}", self.backend);
+        self.store.transaction(|tx| {
+            if self.store.get_in(tx, &path("frontend"))?.is_none() {
+                return Ok(());
+            }
+            keys.iter().try_for_each(|(key, value)| self.store.write(tx, &path(key), value))?;
+            let Some((state, seen)) = state else { return Ok(()) };
+            if !matches!(state, State::Closing | State::Closed) && seen != Some(State::Closing) {
+                let now = self.store.get_in(tx, &path("state"))?;
+                if now.is_some_and(|s| State::parse(&s) == State::Closing) {
+                    return Ok(());
+                }
+            }
+            self.store.write(tx, &path("state"), state.to_string())
+        })
     }
 
     /// Writes `error/backend/KIND/DOMID/DEVID/error`, as Linux's xenbus_dev_fatal does.

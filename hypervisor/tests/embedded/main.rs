@@ -1,6 +1,7 @@
 //! The bundled hypervisor with real processes.
 
 mod agent;
+mod handshake;
 mod hostile;
 mod liveness;
 mod tools;

@@ -227,7 +227,7 @@ impl Place<'_> {
 }
 
 /// Takes a file out of the page cache: what one server left there another would have to throw out.
-fn forget(path: &Path) -> Result<()> {
+pub fn forget(path: &Path) -> Result<()> {
     let file = std::fs::File::open(path)?;
     file.sync_all()?;
     Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)

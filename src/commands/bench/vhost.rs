@@ -12,8 +12,8 @@ use super::blk::Caching;
 use super::host::{Held, measure, part, until};
 use super::load::{Load, Measured, Op};
 use super::peer::{self, Plan, Waiting};
-use super::{Result, Scratch, alone, machine, median, qemu};
-use crate::cli::{BenchCache, BenchVhost, VhostFormat};
+use super::{Result, Scratch, alone, machine, median, nbd, qemu};
+use crate::cli::{BenchVhost, VhostCache, VhostFormat};
 
 /// Seconds before each measurement.
 const WARM_UP: f64 = 0.2;
@@ -83,7 +83,7 @@ pub fn run(options: &BenchVhost) -> Result {
     }
     let version = qemu::version()?;
     let caches = match &options.cache[..] {
-        [] => vec![BenchCache::Cached, BenchCache::Direct],
+        [] => vec![VhostCache::Cached, VhostCache::LargeFolios, VhostCache::Direct],
         some => some.to_vec(),
     };
     let depths = if options.depth.is_empty() { vec![1, 32] } else { options.depth.clone() };
@@ -127,7 +127,7 @@ fn heading(options: &BenchVhost, version: &str) {
     );
     outln!("beside {version}");
     outln!(
-        "{:7} {:5} {:>5} {:8} {:>10} {:>10} {:>6} {:>10} {:>10} {:>9} {:>9}",
+        "{:12} {:5} {:>5} {:8} {:>10} {:>10} {:>6} {:>10} {:>10} {:>9} {:>9}",
         "cache",
         "op",
         "depth",
@@ -148,7 +148,7 @@ fn print(row: &Row) {
     let alone = row.alone.map_or_else(|| "-".to_owned(), |iops| format!("{iops:.0}"));
     let bound = row.bound.map_or_else(String::new, |by| format!("  bound by {by}"));
     outln!(
-        "{:7} {op:5} {:5} {client:8} {:10.0} {:10.0} {:6.2} {:10.2} {:10.2} {:9.0} {alone:>9}{bound}",
+        "{:12} {op:5} {:5} {client:8} {:10.0} {:10.0} {:6.2} {:10.2} {:10.2} {:9.0} {alone:>9}{bound}",
         row.cache,
         row.depth,
         row.ringback.iops,
@@ -189,7 +189,7 @@ impl Served {
 /// The servers of one use of the page cache, started once.
 struct Scene<'a> {
     options: &'a BenchVhost,
-    caching: Caching,
+    cache: VhostCache,
     image: PathBuf,
     ours: Served,
     qemu: Served,
@@ -198,15 +198,17 @@ struct Scene<'a> {
 }
 
 impl<'a> Scene<'a> {
-    fn new(options: &'a BenchVhost, cache: BenchCache) -> Result<Scene<'a>> {
-        let caching = match cache {
-            BenchCache::Cached => Caching::Cached,
-            BenchCache::Direct => Caching::Direct,
-        };
+    fn new(options: &'a BenchVhost, cache: VhostCache) -> Result<Scene<'a>> {
+        let caching = caching(cache);
         let folder = Scratch::new(Some(Path::new("/var/tmp")))?;
         let (image, theirs) = (folder.path().join("ours"), folder.path().join("theirs"));
-        make(options, &image)?;
-        make(options, &theirs)?;
+        for path in [&image, &theirs] {
+            make(options, path)?;
+            if cache == VhostCache::LargeFolios {
+                nbd::forget(path)?;
+                std::io::copy(&mut std::fs::File::open(path)?, &mut std::io::sink())?;
+            }
+        }
         let command =
             |kind, image| move |socket: &Path| command(options, caching, kind, image, socket);
         Ok(Scene {
@@ -214,7 +216,7 @@ impl<'a> Scene<'a> {
             qemu: Served::start(command(Kind::Qemu, &theirs))?,
             null: Served::start(command(Kind::Null, &image))?,
             options,
-            caching,
+            cache,
             image,
             _folder: folder,
         })
@@ -230,7 +232,7 @@ impl<'a> Scene<'a> {
             theirs.push(self.qemu.measure(load, client)?);
             null.push(iops(&self.null.measure(load, client)?));
             if self.options.format == VhostFormat::Raw && op == Op::Read {
-                bare.push(iops(&alone::measure(&self.image, self.caching, load)?));
+                bare.push(iops(&alone::measure(&self.image, caching(self.cache), load)?));
             }
         }
         let ratios = ours.iter().zip(&theirs).map(|(o, t)| iops(o) / iops(t)).collect();
@@ -240,7 +242,7 @@ impl<'a> Scene<'a> {
         let near = |limit: &Option<f64>| limit.is_some_and(|l| l < BOUND * ringback.iops);
         let bound = limits.into_iter().find(|(_, limit)| near(limit)).map(|(name, _)| name);
         Ok(Row {
-            cache: if self.caching.is_direct() { "direct" } else { "cached" },
+            cache: self.cache.name(),
             op,
             depth,
             client,
@@ -251,6 +253,13 @@ impl<'a> Scene<'a> {
             alone,
             bound,
         })
+    }
+}
+
+fn caching(cache: VhostCache) -> Caching {
+    match cache {
+        VhostCache::Cached | VhostCache::LargeFolios => Caching::Cached,
+        VhostCache::Direct => Caching::Direct,
     }
 }
 

@@ -134,6 +134,16 @@ pub struct Request {
     pub room: u32,
 }
 
+/// Begins to bring a request's header here.
+#[inline]
+pub fn prefetch(memory: &Memory, chain: &Chain) {
+    if let Some(first) = chain.readable().first()
+        && let Some(place) = memory.place(first.addr, 1)
+    {
+        place.prefetch(0);
+    }
+}
+
 /// Reads a request; its data are named in `bufs`. `Err`: it cannot even be answered.
 pub fn parse(memory: &Memory, chain: &Chain, bufs: &mut Vec<IoBuf>) -> Result<Request, Broken> {
     bufs.clear();

@@ -111,6 +111,8 @@ pub struct Layout {
 /// One ring as the device sees it. Ids are below the ring's size, and name what was taken and
 /// not yet put.
 pub trait Ring {
+    /// Begins to bring here what the next so many `take`s will read.
+    fn prefetch(&self, most: u16);
     /// Takes the next chain that is available: first those that a killed predecessor had in
     /// flight, in the order in which it had taken them.
     fn take(&mut self, memory: &Memory, chain: &mut Chain) -> Result<Option<u16>, Broken>;

@@ -127,7 +127,8 @@ pub struct Worker<R> {
     parts: Parts,
     ring: R,
     slots: Vec<Slot>,
-    chain: Chain,
+    /// What was taken in this round.
+    batch: [(u16, Chain); BATCH],
     bufs: Vec<IoBuf>,
     done: Vec<Done>,
     pollers: Pollers,
@@ -154,7 +155,7 @@ impl<R: Ring> Worker<R> {
         let call = parts.control.call.lock().clone();
         Worker {
             slots: vec![Slot { status: 0, written: 0, then_flush: false }; size],
-            chain: Chain::new(),
+            batch: std::array::from_fn(|_| (0, Chain::new())),
             bufs: Vec::with_capacity(crate::disk::MAX_SEGMENTS),
             done: Vec::with_capacity(size),
             pollers: Pollers::new(parts.poll_us),
@@ -229,11 +230,15 @@ impl<R: Ring> Worker<R> {
 
     // ---- from the ring to the disk
 
+    /// In passes over the batch, each of which brings nearer what the next one reads: the driver
+    /// has just written it, so that it lies in another processor's cache.
     fn take(&mut self) -> Result<usize, Cause> {
         let mut taken = 0;
+        self.ring.prefetch(BATCH as u16);
         while taken < BATCH {
-            let next = self.ring.take(&self.parts.memory, &mut self.chain);
-            let id = match next {
+            let (id, chain) = &mut self.batch[taken];
+            let next = self.ring.take(&self.parts.memory, chain);
+            *id = match next {
                 Ok(Some(id)) => id,
                 Ok(None) => break,
                 Err(e) => {
@@ -242,11 +247,14 @@ impl<R: Ring> Worker<R> {
                     return Err(self.broken(e));
                 }
             };
+            blk::prefetch(&self.parts.memory, chain);
             if taken == 0 && self.held_since.is_none() {
                 self.held_since = Some(Instant::now());
             }
             taken += 1;
-            self.accept(id)?;
+        }
+        for at in 0..taken {
+            self.accept(at)?;
         }
         if taken > 0 {
             self.check_torn()?;
@@ -258,8 +266,9 @@ impl<R: Ring> Worker<R> {
         Ok(taken)
     }
 
-    fn accept(&mut self, id: u16) -> Result<(), Cause> {
-        let parsed = blk::parse(&self.parts.memory, &self.chain, &mut self.bufs);
+    fn accept(&mut self, at: usize) -> Result<(), Cause> {
+        let (id, ref chain) = self.batch[at];
+        let parsed = blk::parse(&self.parts.memory, chain, &mut self.bufs);
         let request = parsed.map_err(|e| self.broken(e))?;
         let through = !self.parts.control.writeback.load(Ordering::Relaxed);
         let slot = &mut self.slots[usize::from(id)];
@@ -270,7 +279,7 @@ impl<R: Ring> Worker<R> {
                 return Ok(());
             }
             Ok(Work::Id) => {
-                blk::write_id(&self.parts.memory, &self.chain, &self.parts.id, request.room);
+                blk::write_id(&self.parts.memory, chain, &self.parts.id, request.room);
                 slot.written = request.room.saturating_add(1).min(ID_BYTES as u32 + 1);
                 self.answer(id, OK);
                 return Ok(());

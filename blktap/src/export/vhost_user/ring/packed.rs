@@ -204,6 +204,9 @@ impl Packed {
 }
 
 impl Ring for Packed {
+    /// They follow each other, which the processor notices by itself.
+    fn prefetch(&self, _: u16) {}
+
     fn take(&mut self, memory: &Memory, chain: &mut Chain) -> Result<Option<u16>, Broken> {
         let again = !self.again.is_empty();
         if !self.copy_out()? {

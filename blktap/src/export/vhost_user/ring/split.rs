@@ -154,6 +154,17 @@ fn follow(
 
 impl Ring for Split {
     #[inline]
+    fn prefetch(&self, most: u16) {
+        let (driver, table) = (self.layout.driver.place(), self.layout.desc.place());
+        let ahead = self.driver_index().wrapping_sub(self.taken).min(most);
+        for at in 0..ahead {
+            let entry = ENTRIES + 2 * self.mask(self.taken.wrapping_add(at));
+            let head = u16::from_le(driver.u16(entry).load(Ordering::Relaxed));
+            table.prefetch(usize::from(head) * DESC);
+        }
+    }
+
+    #[inline]
     fn take(&mut self, memory: &Memory, chain: &mut Chain) -> Result<Option<u16>, Broken> {
         let Some(head) = self.next_head()? else { return Ok(None) };
         match self.held.get_mut(usize::from(head)) {
