@@ -31,7 +31,8 @@ pub fn version() -> io::Result<String> {
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// What serves an image of a format by vhost-user-blk, with an iothread and one queue.
+/// What serves an image of a format by vhost-user-blk, with an iothread and one queue. It takes
+/// no lock: another server has the same image.
 pub fn daemon(format: &str, image: &Path, caching: Caching, socket: &Path) -> Command {
     // A comma in a value is doubled.
     let text = |path: &Path| path.display().to_string().replace(',', ",,");
@@ -40,7 +41,7 @@ pub fn daemon(format: &str, image: &Path, caching: Caching, socket: &Path) -> Co
     command.args(["--object", "iothread,id=io", "--blockdev"]);
     command.arg(format!(
         "file,node-name=file,filename={},aio=io_uring,cache.direct={direct},\
-         cache.no-flush=off,discard=unmap",
+         cache.no-flush=off,discard=unmap,locking=off",
         text(image)
     ));
     command.arg("--blockdev").arg(format!("{format},node-name=disk,file=file"));

@@ -1,6 +1,8 @@
 //! `ringback bench vhost`: vhost-user-blk servers, ours and QEMU's storage daemon, under the same
-//! client: the `blkio` crate's driver, one queue. Each serves an image of its own; the one that
-//! is not measured sleeps.
+//! client: the `blkio` crate's driver, one queue. All serve the same image, for where a file lies
+//! on its device, or in memory, can make more of a difference than who serves it: what is written
+//! lies over data that is there, so that none of them changes what another one knows of the
+//! image. The one that is not measured sleeps.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -118,7 +120,7 @@ pub fn run(options: &BenchVhost) -> Result {
 
 fn heading(options: &BenchVhost, version: &str) {
     outln!(
-        "random 4 KiB requests by the blkio crate's client, one queue, {} images of {} MiB; \
+        "random 4 KiB requests by the blkio crate's client, one queue, one {} image of {} MiB; \
          medians of {} rounds of {} s",
         options.format.name(),
         options.size_mib,
@@ -201,19 +203,17 @@ impl<'a> Scene<'a> {
     fn new(options: &'a BenchVhost, cache: VhostCache) -> Result<Scene<'a>> {
         let caching = caching(cache);
         let folder = Scratch::new(Some(Path::new("/var/tmp")))?;
-        let (image, theirs) = (folder.path().join("ours"), folder.path().join("theirs"));
-        for path in [&image, &theirs] {
-            make(options, path)?;
-            if cache == VhostCache::LargeFolios {
-                nbd::forget(path)?;
-                std::io::copy(&mut std::fs::File::open(path)?, &mut std::io::sink())?;
-            }
+        let image = folder.path().join("image");
+        make(options, &image)?;
+        if cache == VhostCache::LargeFolios {
+            nbd::forget(&image)?;
+            std::io::copy(&mut std::fs::File::open(&image)?, &mut std::io::sink())?;
         }
         let command =
             |kind, image| move |socket: &Path| command(options, caching, kind, image, socket);
         Ok(Scene {
             ours: Served::start(command(Kind::Ours, &image))?,
-            qemu: Served::start(command(Kind::Qemu, &theirs))?,
+            qemu: Served::start(command(Kind::Qemu, &image))?,
             null: Served::start(command(Kind::Null, &image))?,
             options,
             cache,
