@@ -123,6 +123,13 @@ pub fn step(phase: Phase, seen: &Seen) -> (Phase, Vec<Action>) {
     let Some(own) = seen.own else {
         return if phase == Gone { (Gone, vec![]) } else { (Gone, stop) };
     };
+    // The toolstack has made the directory anew while we were not looking: nobody else writes this
+    // state. What was served is another device's, and so is what failed, unless that was the
+    // advertisement in this very directory.
+    let anew = own == State::Initialising && !matches!(phase, New | Gone);
+    if anew && (serving || !seen.fault) {
+        return (New, stop);
+    }
     if seen.fault && !matches!(phase, Gone) {
         // State 5 tells the frontend to close; 6 follows when it has.
         return (Closing, then(&[Report, Set(State::Closing)]));
@@ -165,8 +172,6 @@ pub fn step(phase: Phase, seen: &Seen) -> (Phase, Vec<Action>) {
         (Closed, Some(State::Initialising)) if seen.online => {
             (Waiting, vec![Advertise, Set(State::InitWait)])
         }
-        // The toolstack has made the directory anew while we were not looking.
-        (Closed, _) if own == State::Initialising => (New, vec![]),
         // The toolstack asks what is closed to close, and waits for the answer.
         (Closed, frontend)
             if own == State::Closing || (frontend.is_none() && own != State::Closed) =>

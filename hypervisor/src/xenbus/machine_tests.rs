@@ -162,6 +162,28 @@ fn a_successor_attaches_to_a_connected_frontend() {
     assert_eq!((phase, did), (Phase::Closed, vec![Set(State::Closed)]));
 }
 
+#[test]
+fn a_directory_made_anew_is_another_device() {
+    for phase in [Phase::Waiting, Phase::Connected, Phase::Closing, Phase::Closed] {
+        for fault in [false, phase != Phase::Waiting && phase != Phase::Closed] {
+            let mut s = seen(1, Some(1));
+            s.fault = fault;
+            let (next, s, did) = settle(phase, s);
+            assert_eq!((next, s.own), (Phase::Waiting, Some(State::InitWait)), "{phase:?}");
+            let serves = matches!(phase, Phase::Connected | Phase::Closing);
+            let stops: &[Action] = if serves { &[Disconnect, Release] } else { &[Release] };
+            assert_eq!(did, [stops, &[Advertise, Set(State::InitWait)]].concat(), "{phase:?}");
+        }
+    }
+    // An advertisement that failed is this directory's own fault.
+    let mut s = seen(1, Some(1));
+    s.fault = true;
+    assert_eq!(
+        step(Phase::Waiting, &s),
+        (Phase::Closing, vec![Release, Report, Set(State::Closing)])
+    );
+}
+
 /// Every combination settles, and what it settles in is a state that some event leads out of.
 #[test]
 fn every_combination_settles() {

@@ -86,9 +86,10 @@ impl Nodes {
         if keys.is_empty() { Ok(()) } else { self.put(keys, None) }
     }
 
-    /// Writes keys and our state, all in one transaction. `seen` is the state that was ours: a
+    /// Writes keys and our state, all in one transaction. `seen` is the state that was ours. A
     /// toolstack that has written Closing since then waits for what follows it, and is not
-    /// answered with less.
+    /// answered with less. One that has made the directory anew is not answered at all: what would
+    /// be said is of another device.
     pub fn write_state(
         &self,
         keys: &[Key],
@@ -104,13 +105,17 @@ impl Nodes {
             if self.store.get_in(tx, &path("frontend"))?.is_none() {
                 return Ok(());
             }
-            keys.iter().try_for_each(|(key, value)| self.store.write(tx, &path(key), value))?;
-            let Some((state, seen)) = state else { return Ok(()) };
-            if !matches!(state, State::Closing | State::Closed) && seen != Some(State::Closing) {
-                let now = self.store.get_in(tx, &path("state"))?;
-                if now.is_some_and(|s| State::parse(&s) == State::Closing) {
-                    return Ok(());
-                }
+            let write =
+                || keys.iter().try_for_each(|(key, value)| self.store.write(tx, &path(key), value));
+            let Some((state, seen)) = state else { return write() };
+            let now = self.store.get_in(tx, &path("state"))?.map(|s| State::parse(&s));
+            let new = |what| now == Some(what) && seen != now;
+            if new(State::Initialising) {
+                return Ok(());
+            }
+            write()?;
+            if new(State::Closing) && !matches!(state, State::Closing | State::Closed) {
+                return Ok(());
             }
             self.store.write(tx, &path("state"), state.to_string())
         })

@@ -113,6 +113,27 @@ impl Served {
     fn reaches(&self, state: &str) {
         until("the backend's state", || self.back("state").as_deref() == Some(state));
     }
+    /// Removes both directories and makes them again, in one transaction.
+    fn make_anew(&self) {
+        let domid = self.front.split('/').nth(3).unwrap_or_default();
+        let directories = [
+            (&self.back, "frontend", &self.front, domid),
+            (&self.front, "backend", &self.back, "0"),
+        ];
+        let made = self.store.transaction(|tx| {
+            for (directory, other, path, other_id) in directories {
+                self.store.remove(tx, directory)?;
+                let id = format!("{other}-id");
+                let keys =
+                    [(other, path.as_str()), (&id, other_id), ("online", "1"), ("state", "1")];
+                for (key, value) in keys {
+                    self.store.write(tx, &format!("{directory}/{key}"), value)?;
+                }
+            }
+            Ok(())
+        });
+        made.unwrap();
+    }
     /// Connected, but for the answer of `connect`.
     fn connecting(&self) {
         self.reaches("2");
@@ -170,4 +191,32 @@ fn a_toolstack_that_asks_to_close_while_we_connect_is_heard() {
     served.set(&served.front, "state", "6");
     served.reaches("6");
     assert_eq!(served.calls.try_iter().collect::<Vec<_>>(), ["disconnect"]);
+}
+
+#[test]
+fn a_directory_made_anew_while_we_wait_is_advertised_in() {
+    let served = Served::start();
+    served.reaches("2");
+    served.make_anew();
+    served.reaches("2");
+    assert_eq!(served.back("feature-b").as_deref(), Some("2"));
+    served.connecting();
+    served.go_on.send(()).unwrap();
+    served.reaches("4");
+}
+
+#[test]
+fn a_directory_made_anew_while_we_connect_is_not_told_of_the_old_device() {
+    let served = Served::start();
+    served.connecting();
+    served.make_anew();
+    served.go_on.send(()).unwrap();
+    served.reaches("2");
+    assert_eq!(served.back("sectors"), None, "of the disk that was opened for the old one");
+    assert_eq!(served.calls.try_iter().collect::<Vec<_>>(), ["disconnect"]);
+    // The new one's frontend connects.
+    served.connecting();
+    served.go_on.send(()).unwrap();
+    served.reaches("4");
+    assert_eq!(served.back("sectors").as_deref(), Some("8"));
 }
